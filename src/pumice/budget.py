@@ -1,0 +1,94 @@
+"""Exact budgets: which entries a sparsity request removes, to the element, with ties broken the same way everywhere.
+
+Entries are dropped in ascending order of score; among equal scores the lowest column goes first (a checkpoint that was
+once quantised ties in most rows). NaN sorts last, so it stays live and is seen.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumice.errors import PumiceError
+
+
+def removed(n: int, sparsity: float) -> int:
+    """How many of `n` entries a sparsity removes: floor(n·s), where 0.29·100 is 29 and not 28.999…"""
+    return int(n * sparsity + 1e-9)
+
+
+def check_sparsity(sparsity: float) -> None:
+    if not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity <= 1.0:
+        raise PumiceError(f"sparsity is the fraction removed, between 0 and 1; got {sparsity!r}.")
+
+
+def drop_lowest(score: Tensor, k: int) -> Tensor:
+    """Keep mask over the last axis that drops exactly the `k` lowest entries, the lowest index first on ties."""
+    order = score.argsort(dim=-1, stable=True)
+    keep = torch.ones_like(score, dtype=torch.bool)
+    return keep.scatter_(-1, order[..., :k], False)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Compare within each output row: every row loses floor(in·s) weights."""
+
+    def keep(self, score: Tensor, sparsity: float) -> Tensor:
+        return drop_lowest(score, removed(score.shape[-1], sparsity))
+
+    def __str__(self) -> str:
+        return "row"
+
+
+@dataclass(frozen=True)
+class Free:
+    """Compare over the whole matrix: it loses floor(out·in·s) weights."""
+
+    def keep(self, score: Tensor, sparsity: float) -> Tensor:
+        return drop_lowest(score.reshape(-1), removed(score.numel(), sparsity)).reshape(score.shape)
+
+    def __str__(self) -> str:
+        return "free"
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep `n` of every `m` consecutive input columns; a shorter last group of r loses floor(r·(m-n)/m)."""
+
+    n: int
+    m: int
+
+    def keep(self, score: Tensor, sparsity: float) -> Tensor:
+        if abs(sparsity - (1 - self.n / self.m)) > 1e-6:
+            raise PumiceError(
+                f"pattern {self} removes exactly {1 - self.n / self.m:.4g}; sparsity {sparsity} contradicts it. "
+                f"Leave one of the two out."
+            )
+        rows, columns = score.shape
+        whole = columns - columns % self.m
+        groups = drop_lowest(score[:, :whole].reshape(rows, -1, self.m), self.m - self.n)
+        rest = drop_lowest(score[:, whole:], (columns - whole) * (self.m - self.n) // self.m)
+        return torch.cat([groups.reshape(rows, whole), rest], dim=1)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+
+Pattern = Row | Free | NM
+
+
+def parse_pattern(text: str | Pattern) -> Pattern:
+    """`row`, `free` or `N:M` (N kept of M)."""
+    if isinstance(text, Pattern):
+        return text
+    if text == "row":
+        return Row()
+    if text == "free":
+        return Free()
+    match = re.fullmatch(r"(\d+):(\d+)", str(text))
+    if match and 0 < int(match[1]) < int(match[2]):
+        return NM(int(match[1]), int(match[2]))
+    raise PumiceError(f"pattern is 'row', 'free' or 'N:M' with N kept of M columns, such as 2:4; got {text!r}.")
