@@ -1,0 +1,183 @@
+"""Plan: what is sparse in one model, as data. `pumice.json` says it, `pumice.safetensors` holds its tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pumice.errors import PumiceError
+from pumice.forms import Form, Mask, Select, Slim, decode, encode
+
+VERSION = 1
+JSON, TENSORS = "pumice.json", "pumice.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Forms by site name, with the recipe that made them, the base they belong to and what was measured."""
+
+    weights: dict[str, Mask | Slim] = field(default_factory=dict)
+    select: dict[str, Select] = field(default_factory=dict)
+    nets: dict[str, Tensor] = field(default_factory=dict)
+    recipe: list[dict] = field(default_factory=list)
+    calibration: dict = field(default_factory=dict)
+    base: dict = field(default_factory=dict)  # name, fingerprint, and `applied`: the fingerprint with the masks written
+    measurements: dict = field(default_factory=dict)
+
+    @property
+    def changes_weights(self) -> bool:
+        return bool(self.weights)
+
+    def merge(self, later: Plan) -> Plan:
+        """This plan followed by another; a site that both decide in the same way is refused with both recipes."""
+        for ours, theirs in ((self.weights, later.weights), (self.select, later.select)):
+            both = sorted(ours.keys() & theirs.keys())
+            if both:
+                raise PumiceError(
+                    f"{_names(self)} and {_names(later)} both decide {both[0]} (and {len(both) - 1} more sites). "
+                    f"Keep one of them, or give each its own sites with `where`."
+                )
+        return replace(
+            later,
+            weights={**self.weights, **later.weights},
+            select={**self.select, **later.select},
+            nets={**self.nets, **later.nets},
+            recipe=self.recipe + later.recipe,
+            calibration={**self.calibration, **later.calibration},
+            base=self.base or later.base,
+            measurements={**self.measurements, **later.measurements},
+        )
+
+    def sparsity(self) -> float:
+        """Fraction removed, over the weights of the masked matrices or the units of the selected sites."""
+        masks = [form.keep for form in self.weights.values() if isinstance(form, Mask)]
+        if masks:
+            return 1 - sum(keep.sum().item() for keep in masks) / max(sum(keep.numel() for keep in masks), 1)
+        units = [(form.sparsity * form.units, form.units) for form in {**self.select, **self.weights}.values()]
+        return sum(gone for gone, _ in units) / max(sum(all_ for _, all_ in units), 1)
+
+    # ---- disk -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write `pumice.json` and `pumice.safetensors` into an existing folder, each under a temporary name first."""
+        tensors: dict[str, Tensor] = {}
+
+        def put(key: str, tensor: Tensor) -> str:
+            tensors[key] = _pack(tensor) if tensor.dtype == torch.bool else tensor.detach().cpu().contiguous()
+            return key if tensor.dtype != torch.bool else f"{key}|{'x'.join(map(str, tensor.shape))}"
+
+        data = {
+            "pumice": VERSION,
+            "base": self.base,
+            "recipe": self.recipe,
+            "calibration": self.calibration,
+            "measurements": self.measurements,
+            "weights": {name: encode(form, put, f"weights/{name}") for name, form in self.weights.items()},
+            "select": {name: encode(form, put, f"select/{name}") for name, form in self.select.items()},
+            "nets": {name: put(f"nets/{name}", tensor) for name, tensor in self.nets.items()},
+        }
+        folder = Path(folder)
+        write(folder / TENSORS, lambda path: save_file(tensors, path))
+        write(folder / JSON, lambda path: path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n"))
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Plan:
+        """Read a plan; a missing, foreign or truncated file is an error that names it."""
+        folder = Path(folder)
+        data = read_json(folder)
+        try:
+            tensors = load_file(folder / TENSORS)
+        except (OSError, SafetensorError) as error:
+            raise PumiceError(f"{folder / TENSORS} cannot be read ({error}): truncated or missing. Make the plan again.") from error
+
+        def get(key: str) -> Tensor:
+            key, _, shape = key.partition("|")
+            if key not in tensors:
+                raise PumiceError(f"{folder / TENSORS} lacks the tensor {key!r} that {JSON} names. Make the plan again.")
+            return _unpack(tensors[key], tuple(map(int, shape.split("x")))) if shape else tensors[key]
+
+        return cls(
+            weights={name: decode(form, get) for name, form in data["weights"].items()},
+            select={name: decode(form, get) for name, form in data["select"].items()},
+            nets={name: get(key) for name, key in data["nets"].items()},
+            recipe=data["recipe"],
+            calibration=data["calibration"],
+            base=data["base"],
+            measurements=data["measurements"],
+        )
+
+
+def read_json(folder: Path) -> dict:
+    """The JSON half of a plan, checked for being one."""
+    path = Path(folder) / JSON
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise PumiceError(f"{folder} is no sparse model folder: it has no {JSON}. Make one with `pumice sparsify`.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PumiceError(f"{path} is damaged ({error}). Make the plan again.") from error
+    if not isinstance(data, dict) or data.get("pumice") != VERSION:
+        found = data.get("pumice") if isinstance(data, dict) else None
+        raise PumiceError(f"{path} has plan version {found!r}; this pumice reads version {VERSION}.")
+    return data
+
+
+def write(path: Path, writer) -> None:
+    """Write a file whole or not at all: under a temporary name beside it, then renamed."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        writer(part)
+        os.replace(part, path)
+    except OSError as error:
+        raise PumiceError(f"cannot write {path}: {error.strerror or error}. Free some space or choose another folder.") from error
+    except SafetensorError as error:
+        raise PumiceError(f"cannot write {path}: {error}. Free some space or choose another folder.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _names(plan: Plan) -> str:
+    return " + ".join(entry["method"] for entry in plan.recipe) or "a plan"
+
+
+def _pack(bits: Tensor) -> Tensor:
+    flat = bits.detach().cpu().flatten()
+    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)]).view(-1, 8)
+    return (flat * (2 ** torch.arange(8))).sum(1).to(torch.uint8)
+
+
+def _unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    return bits.flatten()[: torch.Size(shape).numel()].bool().view(shape)
+
+
+# ---- fingerprint ----------------------------------------------------------------------------------------------------
+
+SAMPLES = 1024  # values per tensor: every fine-tuning changes some of them
+
+
+def tensor_digest(name: str, tensor: Tensor) -> bytes:
+    """A digest of a tensor's name, shape and 1024 spread values, rounded to bf16 so that fp32 and bf16 loads agree."""
+    flat = tensor.detach().reshape(-1)
+    spread = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64).long()
+    values = flat[spread.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(f"{name}|{tuple(tensor.shape)}|".encode() + values).digest()
+
+
+def fingerprint(digests: Iterable[bytes]) -> str:
+    """One fingerprint of a model's weights from its tensors' digests, in any order."""
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:32]
+
+
+def fingerprint_model(model: torch.nn.Module) -> str:
+    return fingerprint(tensor_digest(name, parameter) for name, parameter in model.named_parameters())

@@ -1,0 +1,67 @@
+"""Recipes: YAML, a dict or flags <-> methods. Names are the dataclass's own; an unknown one is an error with a hint."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+from pumice import registry
+from pumice.errors import PumiceError, unknown
+
+
+def build(name: str, settings: dict[str, Any]) -> Any:
+    """A method from its name and settings (strings from a command line are read as the field's type)."""
+    cls = registry.get(name)
+    known = {field.name: field for field in fields(cls)}
+    for key in settings:
+        if key not in known:
+            raise unknown(f"setting of {name}", key, known)
+    return cls(**{key: _read(f"{name}.{key}", value, known[key]) for key, value in settings.items()})
+
+
+def _read(where: str, value: Any, field) -> Any:
+    default = field.default if field.default is not MISSING else None
+    if not isinstance(value, str) or isinstance(default, str):
+        return value
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False}[value.lower()]
+        if isinstance(default, (int, float)):
+            return type(default)(value)
+    except (ValueError, KeyError) as error:
+        raise PumiceError(f"{where} is a {type(default).__name__}; got {value!r}.") from error
+    return value
+
+
+def describe(method: Any) -> dict[str, Any]:
+    """A method as plain data, every field spelled out, so that a plan says exactly what made it."""
+    settings = {field.name: getattr(method, field.name) for field in fields(method)}
+    plain = (bool, int, float, str, type(None))
+    return {"method": method.name, **{k: v if isinstance(v, plain) else str(v) for k, v in settings.items()}}
+
+
+def read(source: str | Path | list | dict | Any) -> list[Any]:
+    """Methods from a YAML file, a list, a dict, a name or a method: always a list."""
+    if isinstance(source, (str, Path)) and str(source).endswith((".yaml", ".yml")):
+        import yaml
+
+        try:
+            source = yaml.safe_load(Path(source).read_text())
+        except FileNotFoundError as error:
+            raise PumiceError(f"there is no recipe file {error.filename}.") from error
+        except yaml.YAMLError as error:
+            raise PumiceError(f"the recipe is no valid YAML: {error}") from error
+    if isinstance(source, list):
+        if not source:
+            raise PumiceError("the recipe is empty: give a list of `- method: NAME` entries.")
+        return [method for entry in source for method in read(entry)]
+    if isinstance(source, str):
+        return [build(source, {})]
+    if isinstance(source, dict):
+        if "method" not in source:
+            raise PumiceError(f"a recipe entry needs `method: NAME`; got {source!r}.")
+        return [build(source["method"], {key: value for key, value in source.items() if key != "method"})]
+    if hasattr(source, "name") and hasattr(source, "kinds"):
+        return [source]
+    raise PumiceError(f"a recipe is a YAML file, a list, a dict, a method's name or a method; got {source!r}.")

@@ -1,0 +1,63 @@
+"""The registry of methods: a file in `methods/` is a method, and its name is the file's. Third parties use entry points."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from pumice.errors import PumiceError, unknown
+
+WHEN = ("static", "prompt", "token")  # once for the weights, once per prompt, once per token
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method that can be had: its name, when it decides, and where its class is (imported only when asked for)."""
+
+    name: str
+    when: str
+    target: str  # module
+
+    def load(self) -> type:
+        module = importlib.import_module(self.target)
+        for value in vars(module).values():
+            if isinstance(value, type) and getattr(value, "name", None) == self.name:
+                return value
+        raise PumiceError(f"{self.target} defines no class decorated with @method({self.name!r}, …).")
+
+
+def method(name: str, *, kinds: Sequence[str]) -> Callable[[type], type]:
+    """Make a class a method: a frozen, keyword-only dataclass that knows its name and the kinds of site it decides."""
+
+    def decorate(cls: type) -> type:
+        cls = dataclass(frozen=True, kw_only=True)(cls)
+        cls.name, cls.kinds = name, tuple(kinds)
+        if not hasattr(cls, "needs"):
+            cls.needs = ()
+        return cls
+
+    return decorate
+
+
+def methods() -> dict[str, Entry]:
+    """Every method by name; listing them imports none."""
+    found = {}
+    for when in WHEN:
+        folder = Path(__file__).parent / "methods" / when
+        for module in pkgutil.iter_modules([str(folder)]):
+            found[module.name] = Entry(module.name, when, f"pumice.methods.{when}.{module.name}")
+    for point in entry_points(group="pumice.methods"):
+        found[point.name] = Entry(point.name, "third party", point.value.partition(":")[0])
+    return found
+
+
+def get(name: str) -> type:
+    """The class of a method; an unknown name is answered with the nearest ones."""
+    known = methods()
+    if name not in known:
+        raise unknown("method", name, known)
+    return known[name].load()
