@@ -20,11 +20,6 @@ def removed(n: int, sparsity: float) -> int:
     return int(n * sparsity + 1e-9)
 
 
-def check_sparsity(sparsity: float) -> None:
-    if not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity <= 1.0:
-        raise PumiceError(f"sparsity is the fraction removed, between 0 and 1; got {sparsity!r}.")
-
-
 def drop_lowest(score: Tensor, k: int) -> Tensor:
     """Keep mask over the last axis that drops exactly the `k` lowest entries, the lowest index first on ties."""
     order = score.argsort(dim=-1, stable=True)

@@ -87,7 +87,7 @@ class Static:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class RankFusion:
-    """(1-λ)·rank(prompt) + λ·rank(global): the prompt's order steadied by a calibrated one (GLASS, arXiv:2508.14302)."""
+    """(1-λ)·rank(prompt) + λ·rank(global): the prompt's order steadied by a calibrated one (arXiv:2508.14302)."""
 
     values: Tensor  # [units], the global score
     weight: float = 0.5  # λ

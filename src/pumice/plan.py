@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pumice.disk import write
 from pumice.errors import PumiceError
-from pumice.forms import Form, Mask, Select, Slim, decode, encode
+from pumice.forms import Mask, Select, Slim, decode, encode
 
 VERSION = 1
 JSON, TENSORS = "pumice.json", "pumice.safetensors"
@@ -98,12 +97,16 @@ class Plan:
         try:
             tensors = load_file(folder / TENSORS)
         except (OSError, SafetensorError) as error:
-            raise PumiceError(f"{folder / TENSORS} cannot be read ({error}): truncated or missing. Make the plan again.") from error
+            raise PumiceError(
+                f"{folder / TENSORS} cannot be read ({error}): truncated or missing. Make the plan again."
+            ) from error
 
         def get(key: str) -> Tensor:
             key, _, shape = key.partition("|")
             if key not in tensors:
-                raise PumiceError(f"{folder / TENSORS} lacks the tensor {key!r} that {JSON} names. Make the plan again.")
+                raise PumiceError(
+                    f"{folder / TENSORS} lacks the tensor {key!r} that {JSON} names. Make the plan again."
+                )
             return _unpack(tensors[key], tuple(map(int, shape.split("x")))) if shape else tensors[key]
 
         return cls(
@@ -123,27 +126,15 @@ def read_json(folder: Path) -> dict:
     try:
         data = json.loads(path.read_text())
     except FileNotFoundError as error:
-        raise PumiceError(f"{folder} is no sparse model folder: it has no {JSON}. Make one with `pumice sparsify`.") from error
+        raise PumiceError(
+            f"{folder} is no sparse model folder: it has no {JSON}. Make one with `pumice sparsify`."
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PumiceError(f"{path} is damaged ({error}). Make the plan again.") from error
     if not isinstance(data, dict) or data.get("pumice") != VERSION:
         found = data.get("pumice") if isinstance(data, dict) else None
         raise PumiceError(f"{path} has plan version {found!r}; this pumice reads version {VERSION}.")
     return data
-
-
-def write(path: Path, writer) -> None:
-    """Write a file whole or not at all: under a temporary name beside it, then renamed."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        writer(part)
-        os.replace(part, path)
-    except OSError as error:
-        raise PumiceError(f"cannot write {path}: {error.strerror or error}. Free some space or choose another folder.") from error
-    except SafetensorError as error:
-        raise PumiceError(f"cannot write {path}: {error}. Free some space or choose another folder.") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _names(plan: Plan) -> str:

@@ -17,6 +17,10 @@ def build(name: str, settings: dict[str, Any]) -> Any:
     for key in settings:
         if key not in known:
             raise unknown(f"setting of {name}", key, known)
+    pattern = str(settings.get("pattern", ""))
+    if ":" in pattern and "sparsity" in known and "sparsity" not in settings:
+        kept, _, of = pattern.partition(":")
+        settings = {**settings, "sparsity": 1 - int(kept) / int(of)} if kept.isdigit() and of.isdigit() else settings
     return cls(**{key: _read(f"{name}.{key}", value, known[key]) for key, value in settings.items()})
 
 

@@ -1,4 +1,4 @@
-"""The registry of methods: a file in `methods/` is a method, and its name is the file's. Third parties use entry points."""
+"""The registry of methods: a file in `methods/` is a method of the file's name; third parties use entry points."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from pumice.errors import PumiceError, unknown
 
@@ -34,6 +35,9 @@ def method(name: str, *, kinds: Sequence[str]) -> Callable[[type], type]:
     """Make a class a method: a frozen, keyword-only dataclass that knows its name and the kinds of site it decides."""
 
     def decorate(cls: type) -> type:
+        cls.__annotations__ = {**cls.__annotations__, "where": "str"}
+        cls.where = "*"  # which sites: a glob over their names, or `re:` and a regular expression
+        cls.__post_init__ = _checked(cls.__dict__.get("__post_init__"))
         cls = dataclass(frozen=True, kw_only=True)(cls)
         cls.name, cls.kinds = name, tuple(kinds)
         if not hasattr(cls, "needs"):
@@ -41,6 +45,26 @@ def method(name: str, *, kinds: Sequence[str]) -> Callable[[type], type]:
         return cls
 
     return decorate
+
+
+def _checked(then: Callable | None) -> Callable:
+    """A `__post_init__` that refuses a sparsity outside [0, 1] and a word that its field's Literal does not list."""
+
+    def check(self) -> None:
+        if hasattr(self, "sparsity"):
+            _check_sparsity(self.name, self.sparsity)
+        for field, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal and getattr(self, field) not in get_args(hint):
+                raise unknown(f"{self.name}.{field}", str(getattr(self, field)), get_args(hint))
+        if then is not None:
+            then(self)
+
+    return check
+
+
+def _check_sparsity(name: str, sparsity) -> None:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity <= 1.0:
+        raise PumiceError(f"{name}.sparsity is the fraction removed, between 0 and 1; got {sparsity!r}.")
 
 
 def methods() -> dict[str, Entry]:

@@ -1,0 +1,67 @@
+"""The journal: what a calibration has decided so far, one file a block, so that a killed run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pumice.disk import write
+from pumice.forms import Form, decode, encode
+
+
+class Journal:
+    """Files of one calibration, found again by a key of everything that decides its result."""
+
+    def __init__(self, root: Path, *parts: object) -> None:
+        key = hashlib.sha256(json.dumps([str(part) for part in parts]).encode()).hexdigest()[:24]
+        self.folder = root / "journal" / key
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, block: int, forms: dict[str, Form], hidden: list[Tensor]) -> None:
+        """Record a finished block, then forget the hidden states of the block before."""
+        tensors: dict[str, Tensor] = {f"hidden/{i}": state.contiguous() for i, state in enumerate(hidden)}
+
+        def put(key: str, tensor: Tensor) -> str:
+            tensors[key] = tensor.detach().cpu().contiguous()
+            return key
+
+        data = json.dumps({name: encode(form, put, name) for name, form in forms.items()})
+        state = {key: tensors.pop(key) for key in list(tensors) if key.startswith("hidden/")}
+        write(self._hidden(block), lambda path: save_file(state or {"none": torch.zeros(1)}, path))
+        write(self._forms(block), lambda path: save_file(tensors or {"none": torch.zeros(1)}, path, {"forms": data}))
+        self._hidden(block - 1).unlink(missing_ok=True)
+
+    def resume(self) -> tuple[dict[str, Form], int, list[Tensor]]:
+        """Forms of the finished blocks, the first block to do, and the hidden states that enter it."""
+        forms: dict[str, Form] = {}
+        block = 0
+        while self._forms(block).exists():
+            try:
+                with safe_open(self._forms(block), "pt") as file:
+                    stored = json.loads(file.metadata()["forms"])
+                    forms |= {name: decode(data, file.get_tensor) for name, data in stored.items()}
+            except (SafetensorError, OSError):
+                break
+            block += 1
+        if block == 0 or not self._hidden(block - 1).exists():
+            return {}, 0, []
+        with safe_open(self._hidden(block - 1), "pt") as file:
+            keys = sorted((key for key in file.keys() if key != "none"), key=lambda key: int(key.rpartition("/")[2]))  # noqa: SIM118
+            hidden = [file.get_tensor(key) for key in keys]
+        return forms, block, hidden
+
+    def finish(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _forms(self, block: int) -> Path:
+        return self.folder / f"block-{block:05d}.safetensors"
+
+    def _hidden(self, block: int) -> Path:
+        return self.folder / f"hidden-{block:05d}.safetensors"

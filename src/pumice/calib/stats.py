@@ -1,0 +1,81 @@
+"""Stats: what calibration measures of one input tensor, accumulated over valid tokens only.
+
+A statistic sees fp32 rows x [tokens, width] and sums in fp64, so that the order of batches does not move a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pumice.errors import PumiceError
+from pumice.sites import Site
+
+
+class Stat(Protocol):
+    """One statistic of one tensor: fed row by row, read once."""
+
+    def __init__(self, width: int, device: torch.device) -> None: ...
+    def add(self, x: Tensor) -> None: ...
+    def value(self) -> Tensor: ...
+
+
+class ColumnNorm:
+    """‖X_j‖₂ over all tokens: [width]."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.squares = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        self.squares += x.square().sum(0, dtype=torch.float64)
+
+    def value(self) -> Tensor:
+        return self.squares.sqrt().float()
+
+
+class TokenShare:
+    """‖ z_tj / (‖z_t‖ + ε) ‖ over all tokens t: how much of each token's activation a neuron carries, [width]."""
+
+    eps = 1e-6
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.squares = torch.zeros(width, dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        share = x / (x.norm(dim=-1, keepdim=True) + self.eps)
+        self.squares += share.square().sum(0, dtype=torch.float64)
+
+    def value(self) -> Tensor:
+        return self.squares.sqrt().float()
+
+
+class SiteStats(Mapping):
+    """What a method reads at one site: `stats[ColumnNorm]` is the value for the site's input tensor."""
+
+    def __init__(self, site: Site, collected: dict[tuple[str, type], Stat]) -> None:
+        self._site, self._collected = site, collected
+
+    def __getitem__(self, stat: type) -> Tensor:
+        found = self._collected.get((self._site.input, stat))
+        if found is None:
+            raise PumiceError(
+                f"no calibration token reached {self._site.name} (input {self._site.input}), so {stat.__name__} is "
+                "unknown there. Use more calibration text, or leave the site out with `where`."
+            )
+        value = found.value()
+        if not bool(torch.isfinite(value).all()):
+            bad = int((~torch.isfinite(value)).sum())
+            raise PumiceError(
+                f"{stat.__name__} at {self._site.name} (block {self._site.block}) has {bad} of {value.numel()} values "
+                "that are NaN or infinite: the model overflows on this text. Check the weights, or calibrate in fp32."
+            )
+        return value
+
+    def __iter__(self):
+        return (stat for key, stat in self._collected if key == self._site.input)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -1,0 +1,215 @@
+"""Streaming: calibrate block by block, with one block resident and its inputs already those of the sparse model.
+
+One forward of stubs records every block's own arguments (masks, rotary tables, positions); then for each block: load,
+replay with its arguments, collect statistics, solve, apply, replay for the next block's inputs, journal, release.
+Arithmetic is fp32. No decoder loop is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from pumice.arch.detect import Arch
+from pumice.arch.experts import expert_forward
+from pumice.arch.trace import Call, trace
+from pumice.calib.data import Windows
+from pumice.calib.journal import Journal
+from pumice.calib.stats import SiteStats, Stat
+from pumice.errors import PumiceError
+from pumice.forms import Form, Mask
+from pumice.sites import Block, Site
+
+GROUP = 2048  # tokens in one replay
+
+
+class Source(Protocol):
+    """Where the weights of a block come from, and what becomes of them (see arch/weights.py)."""
+
+    def load_rest(self) -> None: ...
+    def release_rest(self) -> None: ...
+    def load(self, block: nn.Module, name: str) -> None: ...
+    def release(self, block: nn.Module, name: str) -> None: ...
+
+
+Solve = Callable[[Site, SiteStats], Form | None]
+
+
+@torch.no_grad()
+def stream(
+    model: nn.Module,
+    arch: Arch,
+    windows: Windows | None,
+    source: Source,
+    solve: Solve,
+    *,
+    sites: Iterable[Site],
+    needs: tuple[type, ...] = (),
+    journal: Journal | None = None,
+    done: Callable[[Block, dict[str, Form]], None] | None = None,
+    title: str = "blocks",
+) -> dict[str, Form]:
+    """Forms of `sites` by name. `done(block, forms)` is called while the block is resident with its forms applied.
+
+    `windows` may be None for methods that need no statistics: then no text runs through the model.
+    """
+    chosen: dict[int, list[Site]] = {}
+    for site in sites:
+        chosen.setdefault(site.block, []).append(site)
+    replays = _start(model, arch, windows, source) if needs else None
+    forms: dict[str, Form] = {}
+    first = 0
+    if journal is not None:
+        forms, first, hidden = journal.resume()
+        if replays is not None and first:
+            replays.hidden = hidden
+    bar = tqdm(arch.blocks, desc=title, unit="block", initial=first, total=len(arch.blocks))
+    bar.disable = bar.disable or len(arch.blocks) == first
+    for block in arch.blocks[first:]:
+        here = chosen.get(block.index, [])
+        source.load(block.module, block.name)
+        try:
+            solved = _one_block(block, here, needs, replays, solve)
+            if done is not None:
+                done(block, solved)
+        finally:
+            source.release(block.module, block.name)
+        forms |= solved
+        if journal is not None:
+            journal.write(block.index, solved, replays.hidden if replays else [])
+        bar.update()
+    bar.close()
+    return forms
+
+
+def _one_block(block: Block, sites: list[Site], needs, replays: Replays | None, solve: Solve) -> dict[str, Form]:
+    collected: dict[tuple[str, type], Stat] = {}
+    outputs = None
+    if replays is not None:
+        with collecting(block, sites, needs, collected, lambda: replays.valid):
+            outputs = replays.run(block)
+    solved = {site.name: form for site in sites if (form := solve(site, SiteStats(site, collected))) is not None}
+    masks = {name: form for name, form in solved.items() if isinstance(form, Mask)}
+    for site in sites:
+        if site.name in masks:
+            weight = site.matrix()
+            weight.copy_(masks[site.name].reference(weight))
+    if replays is not None:
+        replays.hidden = replays.run(block) if masks else outputs
+    return solved
+
+
+class Replays:
+    """The recorded calls of every block for each group of windows, and the hidden states that enter the next block."""
+
+    def __init__(self, groups: list[tuple[Tensor, list[Call]]]) -> None:
+        self.groups = groups
+        self.hidden = [calls[0].hidden for _, calls in groups]
+        self.valid = groups[0][0]  # bool [rows, T] of the group that is running
+
+    def run(self, block: Block) -> list[Tensor]:
+        outputs = []
+        for (self.valid, calls), hidden in zip(self.groups, self.hidden, strict=True):
+            outputs.append(calls[block.index].run(block.module, hidden))
+            if not bool(torch.isfinite(outputs[-1]).all()):
+                raise PumiceError(
+                    f"block {block.index} ({block.name}) gives NaN or infinite values in fp32 on the calibration text. "
+                    "Check the weights of this block: `pumice inspect` counts them."
+                )
+        return outputs
+
+
+def _start(model: nn.Module, arch: Arch, windows: Windows | None, source: Source) -> Replays:
+    if windows is None:
+        raise PumiceError("this method needs calibration text: give `data`, such as 'builtin' or 'file:PATH'.")
+    rows = max(1, GROUP // windows.ids.shape[1])
+    source.load_rest()
+    try:
+        groups = []
+        for ids, valid in zip(windows.ids.split(rows), windows.valid.split(rows), strict=True):
+            mask = None if bool(valid.all()) else valid.long()
+            groups.append((valid, trace(model, arch.blocks, ids, mask)))
+    finally:
+        source.release_rest()
+    return Replays(groups)
+
+
+@contextmanager
+def collecting(block: Block, sites: list[Site], needs, collected: dict, valid: Callable[[], Tensor]):
+    """Feed the statistics of every input tensor that the sites read, once per tensor, padding left out."""
+    needs = tuple(needs)
+    keys = {site.input for site in sites}
+
+    def add(key: str, rows: Tensor) -> None:
+        for need in needs:
+            if (key, need) not in collected:
+                collected[key, need] = need(rows.shape[-1], rows.device)
+            collected[key, need].add(rows)
+
+    with ExitStack() as stack:
+        modules = {f"{block.name}.{name}": module for name, module in block.module.named_modules() if name}
+        for key in keys & modules.keys():
+            handle = modules[key].register_forward_pre_hook(_tap(key, add, valid), with_kwargs=True)
+            stack.callback(handle.remove)
+        for name in {site.parts[role].module for site in sites if site.expert is not None for role in site.parts}:
+            stack.enter_context(_tap_experts(name, modules[name], keys, add, valid))
+        yield
+
+
+def _tap(key: str, add: Callable, valid: Callable[[], Tensor]):
+    def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        x = args[0] if args else next(iter(kwargs.values()))
+        add(key, x.reshape(-1, x.shape[-1])[valid().flatten().to(x.device)].float())
+
+    return hook
+
+
+@contextmanager
+def _tap_experts(name: str, module: nn.Module, keys: set[str], add: Callable, valid: Callable[[], Tensor]):
+    """Fused experts run as a plain loop while statistics of each expert's own tokens are taken."""
+
+    def at(expert: int, point: str, tokens: Tensor, x: Tensor) -> Tensor:
+        key = f"{name}[{expert}].{point}"
+        if key in keys:
+            add(key, x[valid().flatten().to(x.device)[tokens]].float())
+        return x
+
+    module.__dict__["forward"] = lambda hidden, index, weights, *_, **__: expert_forward(
+        module, hidden, index, weights, at=at
+    )
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+@torch.no_grad()
+def verify(model: nn.Module, arch: Arch, ids: Tensor) -> None:
+    """Check on one window [1, T] that replaying gives what every block of the resident model gives by itself."""
+    own: list[Tensor] = []
+    handles = [b.module.register_forward_hook(lambda m, a, out: own.append(_hidden(out))) for b in arch.blocks]
+    try:
+        model(ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    calls = trace(model, arch.blocks, ids)
+    hidden = calls[0].hidden
+    for block, call, expected in zip(arch.blocks, calls, own, strict=True):
+        hidden = call.run(block.module, hidden)
+        error = (hidden.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-12)
+        if not error < 1e-2:
+            raise PumiceError(
+                f"replaying block {block.index} ({block.name}) differs from the model's own output by {error:.2g} "
+                "relative: its arguments depend on something that streaming does not see. Calibrate another model, or "
+                "declare the family."
+            )
+
+
+def _hidden(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

@@ -1,0 +1,87 @@
+"""Which kernel is used: each is timed against dense at the model's own shapes on this machine, and the answer kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from pumice.disk import cache_dir, write
+
+SPREAD = 96 << 20  # bytes that the timed matrices cover together, so that no cache holds them between two calls
+
+
+def gather_pays(d: int, units: int, kept: int, matrices: int, rows: int, dtype: torch.dtype, device: str) -> bool:
+    """Whether an FFN of `kept` of `units` neurons runs faster than the dense one, for `rows` tokens at once."""
+    if kept == units:
+        return False
+    key = f"gather/{_machine(device)}/{dtype}/{d}x{units}:{kept}x{matrices}/rows{rows}"
+    return measured(key, lambda: _time_gather(d, units, kept, matrices, rows, dtype, device))["speedup"] > 1.0
+
+
+def measured(key: str, measure: Callable[[], dict]) -> dict:
+    """The result kept under `key` in the cache file, measured at the first call."""
+    table = _table()
+    if key not in table:
+        table[key] = measure()
+        path = _path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, lambda part: part.write_text(json.dumps(table, indent=1)))
+    return table[key]
+
+
+def _time_gather(d, units, kept, matrices, rows, dtype, device) -> dict:
+    dense, narrow = (_ffn(d, n, matrices, rows, dtype, device) for n in (units, kept))
+    times = {"dense": [], "narrow": []}
+    for _ in range(9):
+        for name, run in (("dense", dense), ("narrow", narrow)):
+            start = time.perf_counter()
+            run()
+            if device != "cpu":
+                torch.accelerator.synchronize()
+            times[name].append(time.perf_counter() - start)
+    dense_s, narrow_s = (statistics.median(times[name]) for name in ("dense", "narrow"))
+    return {"dense_us": dense_s * 1e6, "narrow_us": narrow_s * 1e6, "speedup": dense_s / narrow_s}
+
+
+def _ffn(d: int, units: int, matrices: int, rows: int, dtype, device) -> Callable[[], None]:
+    """One pass through enough FFNs of this shape to leave every cache, time per call being what matters."""
+    size = d * units * matrices * torch.empty(0, dtype=dtype).element_size()
+    copies = max(2, min(64, SPREAD // max(size, 1)))
+    ins = [torch.randn(units, d, dtype=dtype, device=device) for _ in range(copies * (matrices - 1))]
+    outs = [torch.randn(d, units, dtype=dtype, device=device) for _ in range(copies)]
+    x = torch.randn(rows, d, dtype=dtype, device=device)
+
+    def run() -> None:
+        for i, out in enumerate(outs):
+            a = F.linear(x, ins[i])
+            for j in range(1, matrices - 1):
+                a = a * F.linear(x, ins[j * copies + i])
+            F.linear(a, out)
+
+    run()
+    return run
+
+
+@cache
+def _table() -> dict:
+    try:
+        return json.loads(_path().read_text())
+    except (OSError, json.JSONDecodeError):
+        return {}
+
+
+def _path() -> Path:
+    return cache_dir() / "kernels.json"
+
+
+def _machine(device: str) -> str:
+    name = platform.processor() or platform.machine() if device == "cpu" else torch.cuda.get_device_name()
+    return f"{platform.node()}-{name}-{torch.get_num_threads()}-{torch.__version__}"

@@ -1,0 +1,25 @@
+"""Wanda: in each output row drop the weights with the smallest |w|·‖x‖.  arXiv:2306.11695"""
+
+from __future__ import annotations
+
+from pumice.budget import Pattern, Row, parse_pattern
+from pumice.calib.stats import ColumnNorm, SiteStats
+from pumice.forms import Mask
+from pumice.registry import method
+from pumice.sites import Site
+
+
+@method("wanda", kinds=["linear"])
+class Wanda:
+    """Keeps weights that are large and read large inputs; no weight changes its value."""
+
+    sparsity: float = 0.5
+    pattern: Pattern | str = Row()
+    needs = (ColumnNorm,)
+
+    def __post_init__(self):
+        object.__setattr__(self, "pattern", parse_pattern(self.pattern))
+
+    def solve(self, site: Site, stats: SiteStats) -> Mask:
+        score = site.weight.abs() * stats[ColumnNorm]  # [out, in] * [in]
+        return Mask(keep=self.pattern.keep(score, self.sparsity), pattern=str(self.pattern))

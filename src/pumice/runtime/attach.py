@@ -1,0 +1,283 @@
+"""Attach: a plan made to run. A twin shares every tensor with its model; `applied` changes the model itself and back.
+
+twin = attach(model, plan)             dense and sparse side by side in one process
+with applied(model, plan): ...         child tables are exchanged and put back, bit for bit
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from pumice.arch.detect import Arch, detect
+from pumice.errors import PumiceError
+from pumice.forms import Mask, Slim
+from pumice.kernels.select import gather_pays
+from pumice.plan import Plan, fingerprint_model
+from pumice.runtime.modules import Selection, splice_experts, splice_select, splice_slim
+from pumice.runtime.state import State, follow, past_length, state_of
+from pumice.runtime.step import Step, make_step
+from pumice.sites import Site, owner, storage_bytes
+
+Exec = Literal["reference", "fast"]
+
+
+@dataclass(eq=False)
+class Runtime:
+    """What the spliced modules of one attached plan share: the current step, the kernels in use, the counters."""
+
+    plan: Plan
+    exec: Exec = "fast"
+    kernels: Literal["measured", "always"] = "measured"  # always: use the fast path even where it is slower
+    counting: bool = False
+    step: Step | None = None
+    border: int | Tensor | None = None  # where the prompts end, as a cache position; None: not said
+    prompt_mask: Tensor | None = None  # [B, P], of a generate call whose forwards see no 2-D mask
+    selections: dict[str, Selection] = field(default_factory=dict)
+
+    @property
+    def fast(self) -> bool:
+        return self.exec == "fast"
+
+    def worth_gathering(self, site: Site, kept: int, x: Tensor) -> bool:
+        if self.kernels == "always":
+            return kept < site.units
+        matrix = site.matrix(site.out_role)
+        rows = x.numel() // x.shape[-1]
+        return gather_pays(matrix.shape[0], site.units, kept, len(site.parts), rows, matrix.dtype, matrix.device.type)
+
+    @contextmanager
+    def phase(self, prompt: int | Tensor | None, mask: Tensor | None = None) -> Iterator[None]:
+        """Say where the prompts end, as a cache position for all rows or for each [B]; None: dense everywhere."""
+        before, self.border, self.prompt_mask = (self.border, self.prompt_mask), prompt, mask
+        try:
+            yield
+        finally:
+            self.border, self.prompt_mask = before
+
+    # ---- hooks of the whole model -----------------------------------------------------------------------------------
+
+    def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Make the Step of this forward."""
+        if torch.compiler.is_compiling():
+            raise PumiceError("a plan that selects per prompt cannot be traced by torch.compile; run it uncompiled.")
+        tokens = kwargs.get("input_ids") if not args else args[0]
+        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        if tokens is None:
+            raise PumiceError("the model was called without input_ids or inputs_embeds; pass one by name.")
+        batch, new = tokens.shape[:2]
+        cache = kwargs.get("past_key_values")
+        past = past_length(cache)
+        valid = self._valid(kwargs.get("attention_mask"), batch, new, past, tokens.device)
+        state = self._state(cache, past)
+        self.step = make_step(valid, past, self.border, state)
+        if self.step.any_stat:
+            end = past + new if self.border is None else min(past + new, int(torch.as_tensor(self.border).max()))
+            state.prompt = max(state.prompt, end)
+        state.seen = past + new
+
+    def after(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
+        """A cache that the model made itself takes this forward's state."""
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None and self.step is not None and state_of(cache, id(self)) is None:
+            follow(cache, id(self), self.step.state)
+        self.step = None
+
+    def _state(self, cache, past: int) -> State:
+        if cache is None:
+            return State()
+        state = state_of(cache, id(self))
+        if state is not None and past > 0:
+            return state
+        if past > 0 and self.selections:
+            raise PumiceError(
+                f"the cache holds {past} positions that ran outside this plan, so their prompt was not observed. "
+                "Start with an empty cache inside the plan."
+            )
+        return follow(cache, id(self), State())
+
+    def _valid(self, mask: Tensor | None, batch: int, new: int, past: int, device: torch.device) -> Tensor:
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            mask = self.prompt_mask
+        ones = torch.ones(batch, new, dtype=torch.bool, device=device)
+        if mask is None:
+            return ones
+        if batch % mask.shape[0] == 0:
+            mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)  # beams of one prompt lie side by side
+        known = mask[:, past : past + new].to(device).bool()
+        return torch.cat([known, ones[:, known.shape[1] :]], dim=1)
+
+
+# ---- a plan into a module tree --------------------------------------------------------------------------------------
+
+
+def attach(model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measured", check: bool = True) -> nn.Module:
+    """A twin of `model` that runs `plan` and shares every tensor that it leaves alone; `twin.pumice` is its Runtime."""
+    arch = detect(model)
+    if check:
+        check_base(model, plan)
+    twin = copy_tree(model)
+    _install(twin, arch, plan, Runtime(plan=plan, exec=exec, kernels=kernels))
+    return twin
+
+
+@contextmanager
+def applied(
+    model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measured", check: bool = True
+) -> Iterator[Runtime]:
+    """Run `plan` on the model itself; on leaving, every child and parameter is the object that it was."""
+    arch = detect(model)
+    if check:
+        check_base(model, plan)
+    before = [(module, _tables(module)) for module in model.modules()]
+    runtime = Runtime(plan=plan, exec=exec, kernels=kernels)
+    try:
+        _install(model, arch, plan, runtime)
+        yield runtime
+    finally:
+        for module, tables in before:
+            for name, table in tables.items():
+                module.__dict__[name] = table
+        for name in ("generate", "pumice"):
+            model.__dict__.pop(name, None)
+
+
+def _tables(module: nn.Module) -> dict:
+    names = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks")
+    names += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+    return {name: module.__dict__[name].copy() for name in names}
+
+
+def copy_tree(module: nn.Module, seen: dict | None = None) -> nn.Module:
+    """The same modules as new objects, with the same tensors."""
+    seen = {} if seen is None else seen
+    if id(module) not in seen:
+        twin = module.__class__.__new__(module.__class__)
+        seen[id(module)] = twin
+        twin.__dict__ = {**module.__dict__, **_tables(module), "_buffers": dict(module._buffers)}
+        twin.__dict__["_modules"] = {
+            name: None if child is None else copy_tree(child, seen) for name, child in module._modules.items()
+        }
+    return seen[id(module)]
+
+
+def _install(model: nn.Module, arch: Arch, plan: Plan, runtime: Runtime) -> None:
+    sites = {name: replace(_site(arch, name), root=model) for name in (*plan.weights, *plan.select)}
+    masks = {name: form for name, form in plan.weights.items() if isinstance(form, Mask)}
+    write_masks(model, {name: sites[name] for name in masks}, masks)
+    for name, form in plan.weights.items():
+        if isinstance(form, Slim):
+            _exchange(model, splice_slim(_gatherable(sites[name]), form, model.get_submodule))
+    fused: dict[str, dict[str, Selection]] = {}
+    for name, form in plan.select.items():
+        site = sites[name]
+        if form.units != site.units:
+            raise PumiceError(f"the plan selects among {form.units} units at {name}, but the model has {site.units}.")
+        selection = Selection(site, form, runtime, gatherable=site.kind == "ffn" and site.expert is None)
+        runtime.selections[name] = selection
+        if site.expert is not None or site.kind == "experts":
+            module = next(iter(site.parts.values())).module
+            fused.setdefault(module, {})[name] = selection
+        else:
+            _exchange(model, splice_select(selection, model.get_submodule))
+    for module, selections in fused.items():
+        neurons = {s.site.expert: s for s in selections.values() if s.site.expert is not None}
+        whole = next((s for s in selections.values() if s.site.kind == "experts"), None)
+        _exchange(model, {module: splice_experts(model.get_submodule(module), neurons, whole)})
+    if plan.select:
+        model.register_forward_pre_hook(runtime.before, with_kwargs=True)
+        model.register_forward_hook(runtime.after, with_kwargs=True)
+        model.__dict__["generate"] = functools.partial(_generate, model, runtime)
+    model.__dict__["pumice"] = runtime
+
+
+def _site(arch: Arch, name: str) -> Site:
+    if name not in arch.sites:
+        raise PumiceError(f"the plan decides {name}, which this model does not have: it was made for another model.")
+    return arch.sites[name]
+
+
+def _gatherable(site: Site) -> Site:
+    if site.kind != "ffn" or site.expert is not None:
+        raise PumiceError(f"{site.name}: Slim is only known for FFN neurons so far; this site is of kind {site.kind}.")
+    return site
+
+
+def _exchange(model: nn.Module, replacements: dict[str, nn.Module]) -> None:
+    for name, module in replacements.items():
+        parent, child = owner(name)
+        model.get_submodule(parent)._modules[child] = module
+
+
+def write_masks(model: nn.Module, sites: dict[str, Site], masks: dict[str, Mask]) -> None:
+    """Put masked copies of the parameters in the modules' tables; the originals stay as they are."""
+    written: dict[str, Tensor] = {}
+    for name, form in masks.items():
+        view = sites[name].parts["weight"].view
+        if view.parameter not in written:
+            written[view.parameter] = model.get_parameter(view.parameter).detach().clone()
+        window = view.of(written[view.parameter])
+        if window.shape != form.keep.shape:
+            raise PumiceError(
+                f"the plan's mask of {name} is {tuple(form.keep.shape)}, but the matrix is {tuple(window.shape)}."
+            )
+        window.copy_(form.reference(window))
+    for parameter, tensor in written.items():
+        module, leaf = owner(parameter)
+        table = model.get_submodule(module)._parameters
+        table[leaf] = nn.Parameter(tensor, requires_grad=table[leaf].requires_grad)
+
+
+def check_base(model: nn.Module, plan: Plan) -> None:
+    """Refuse a plan on other weights than those it was made for."""
+    expected = {value for key, value in plan.base.items() if key in ("fingerprint", "applied") and value}
+    if not expected:
+        return
+    found = fingerprint_model(model)
+    if found not in expected:
+        raise PumiceError(
+            f"this plan was made for {plan.base.get('name', 'another model')} with weights "
+            f"{plan.base.get('fingerprint', '?')}, but the model's weights are {found}. "
+            "Load that model, or make the plan again for this one."
+        )
+
+
+def _generate(model: nn.Module, runtime: Runtime, inputs=None, *args, **kwargs):
+    """`generate`, which says where the prompt ends: at the tokens that it is given."""
+    ids = inputs if inputs is not None else kwargs.get("input_ids")
+    if ids is not None:
+        border = ids.shape[1]
+    elif kwargs.get("inputs_embeds") is not None:
+        border = past_length(kwargs.get("past_key_values")) + kwargs["inputs_embeds"].shape[1]
+    else:
+        border = 1  # generation from the start token alone
+    if inputs is not None:
+        kwargs["inputs"] = inputs
+    with runtime.phase(border, kwargs.get("attention_mask")):
+        return type(model).generate(model, *args, **kwargs)
+
+
+def decode_bytes(model: nn.Module) -> int:
+    """Bytes of weights that one decoded token reads, batch 1: everything but the rows of embeddings it does not use."""
+    embedding = model.get_input_embeddings()
+    head = model.get_output_embeddings()
+    runtime: Runtime | None = getattr(model, "pumice", None)
+    gathered, skip = 0, set()
+    for selection in runtime.selections.values() if runtime else ():
+        if selection.gathered:
+            gathered += sum(storage_bytes(m.weight) for m in selection.gathered.values())
+            skip |= {part.view.parameter for part in selection.site.parts.values()}
+    total = 0
+    for name, parameter in model.named_parameters():
+        if name in skip:
+            continue
+        is_table = embedding is not None and parameter is embedding.weight
+        is_head = head is not None and parameter is head.weight
+        total += storage_bytes(parameter[:1]) if is_table and not is_head else storage_bytes(parameter)
+    return total + gathered

@@ -1,0 +1,200 @@
+"""Modules at the splice points: the same module with another forward, so that names, types and parameters stay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pumice.arch.experts import expert_forward
+from pumice.forms import Select, Slim, drop
+from pumice.kernels.gather import Gathered, gather_in, gather_out
+from pumice.runtime.counters import Counter
+from pumice.runtime.state import SiteState
+from pumice.runtime.step import Step
+from pumice.sites import Site
+
+if TYPE_CHECKING:
+    from pumice.runtime.attach import Runtime
+
+
+def respliced(module: nn.Module, forward: Callable) -> nn.Module:
+    """A shallow copy that shares every parameter, child and hook with `module`, but runs `forward`."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__ = {**module.__dict__}
+    for table in ("_parameters", "_buffers", "_modules"):
+        twin.__dict__[table] = dict(module.__dict__[table])
+    twin.__dict__["forward"] = forward
+    return twin
+
+
+@dataclass(eq=False)
+class Selection:
+    """One site's Select at run time: its units are chosen here, and its gathered matrices held here."""
+
+    site: Site
+    form: Select
+    runtime: Runtime
+    gatherable: bool  # an FFN whose input and output matrices are modules of their own
+    counter: Counter = field(default_factory=Counter)
+    chosen: Tensor | None = None  # the set that `gathered` holds
+    gathered: dict[str, Gathered] = field(default_factory=dict)
+
+    # ---- choosing ---------------------------------------------------------------------------------------------------
+
+    def state(self, step: Step, device: torch.device) -> SiteState:
+        if self.site.name not in step.state.sites:
+            rows = step.shape[0]
+            step.state.sites[self.site.name] = SiteState(
+                statistic=torch.zeros(rows, self.form.units, device=device), count=torch.zeros(rows, device=device)
+            )
+        return step.state.sites[self.site.name]
+
+    def observe(self, activations: Tensor, step: Step) -> None:
+        """Add the prompt tokens of [B, T, units·width] to the running statistic; the old choice is void."""
+        state = self.state(step, activations.device)
+        counts = step.stat.to(activations.device, torch.float32)
+        state.statistic = state.statistic + self.form.statistic(activations, counts)
+        state.count = state.count + counts.sum(1)
+        state.live = state.one_set = None
+
+    def live(self, step: Step, device: torch.device) -> Tensor:
+        """The live units of every row, bool [B, units], chosen at the first token that asks."""
+        state = self.state(step, device)
+        if state.live is None:
+            state.live = self.form.choose(state.statistic, state.count, self.site.name)
+            if bool((state.live == state.live[:1]).all()):
+                state.one_set = state.live[0].nonzero().flatten()
+        return state.live
+
+    # ---- running ----------------------------------------------------------------------------------------------------
+
+    def narrow(self, x: Tensor) -> bool:
+        """Whether this step runs on gathered matrices: all tokens sparse, one set for all rows, measured faster."""
+        step = self.runtime.step
+        if step is None or not step.all_sparse or not self.gatherable or not self.runtime.fast:
+            return False
+        self.live(step, x.device)
+        one_set = step.state.sites[self.site.name].one_set
+        if one_set is None or not self.runtime.worth_gathering(self.site, len(one_set), x):
+            return False
+        if self.chosen is not one_set:
+            self.gather(one_set)
+        return True
+
+    def gather(self, units: Tensor) -> None:
+        """Copy the rows and columns of `units`, once per prompt; the copy before is freed first."""
+        self.gathered.clear()
+        part = self.site.parts[self.site.out_role]
+        self.gathered[part.module] = gather_out(self.site, units)
+        for module in {self.site.parts[role].module for role in self.site.in_roles}:
+            self.gathered[module] = gather_in(self.site, module, units)
+        self.chosen = units
+
+    def count(self, step: Step, how: str, live: Tensor | None = None) -> None:
+        if not self.runtime.counting:
+            return
+        sparse = int((step.sparse & step.valid).sum())
+        self.counter.dense += int(step.stat.sum())
+        setattr(self.counter, how, getattr(self.counter, how) + sparse)
+        self.counter.live += sparse * (live.float().mean().item() if live is not None else 0.0)
+
+    def edit(self, activations: Tensor) -> Tensor:
+        """What enters the consuming matrix, [B·T or B, T, units·width]: counted where prompt, masked where sparse."""
+        step = self.runtime.step
+        if step is None:
+            return activations
+        a = activations.reshape(*step.shape, -1)
+        if step.any_stat:
+            self.observe(a, step)
+        if not step.any_sparse:
+            self.count(step, "masked")
+            return activations
+        live = self.live(step, a.device)
+        self.count(step, "masked", live)
+        return drop(a, live, step.sparse.to(a.device)).reshape(activations.shape)
+
+
+def splice_select(selection: Selection, get: Callable[[str], nn.Module]) -> dict[str, nn.Module]:
+    """Replacements, by module name, that run one Select of an FFN or of attention heads."""
+    out_name = selection.site.parts[selection.site.out_role].module
+    replaced = {}
+
+    def in_forward(name: str, dense: Callable) -> Callable:
+        def forward(x: Tensor, *args, **kwargs) -> Tensor:
+            return selection.gathered[name](x) if selection.narrow(x) else dense(x, *args, **kwargs)
+
+        return forward
+
+    def out_forward(dense: Callable) -> Callable:
+        def forward(a: Tensor, *args, **kwargs) -> Tensor:
+            if a.shape[-1] != selection.site.matrix(selection.site.out_role).shape[1]:
+                selection.count(selection.runtime.step, "fast", selection.live(selection.runtime.step, a.device))
+                return selection.gathered[out_name](a)
+            return dense(selection.edit(a), *args, **kwargs)
+
+        return forward
+
+    if selection.gatherable:
+        for name in {selection.site.parts[role].module for role in selection.site.in_roles}:
+            replaced[name] = respliced(get(name), in_forward(name, get(name).forward))
+    replaced[out_name] = respliced(get(out_name), out_forward(get(out_name).forward))
+    return replaced
+
+
+def splice_slim(site: Site, form: Slim, get: Callable[[str], nn.Module]) -> dict[str, nn.Module]:
+    """Replacements for an FFN that has only the kept neurons, for every token."""
+    kept = form.kept
+    out = site.parts[site.out_role].module
+    gathered = {out: gather_out(site, kept)}
+    gathered |= {name: gather_in(site, name, kept) for name in {site.parts[role].module for role in site.in_roles}}
+    return {name: respliced(get(name), weights.__call__) for name, weights in gathered.items()}
+
+
+def splice_experts(module: nn.Module, neurons: dict[int, Selection], experts: Selection | None) -> nn.Module:
+    """Fused experts whose neurons, or which themselves, are selected. `neurons`: expert -> its Selection."""
+
+    def at(expert: int, point: str, tokens: Tensor, x: Tensor) -> Tensor:
+        if point == "mid" and expert in neurons:
+            return _edit_routed(neurons[expert], tokens, x)
+        return x
+
+    def forward(hidden: Tensor, index: Tensor, weights: Tensor, *args, **kwargs) -> Tensor:
+        if experts is not None:
+            weights = _mask_experts(experts, hidden, index, weights)
+        return expert_forward(module, hidden, index, weights, at=at)
+
+    return respliced(module, forward)
+
+
+def _edit_routed(selection: Selection, tokens: Tensor, a: Tensor) -> Tensor:
+    """`edit` for the tokens [n] (numbers in the flattened batch) that were routed to one expert, a [n, units]."""
+    step = selection.runtime.step
+    if step is None:
+        return a
+    rows = tokens // step.shape[1]
+    stat, sparse = (mask.to(a.device).flatten()[tokens] for mask in (step.stat, step.sparse))
+    state = selection.state(step, a.device)
+    if step.any_stat and bool(stat.any()):
+        z = selection.form.statistic(a[:, None], stat[:, None].float())  # one token a row
+        state.statistic = state.statistic.index_add(0, rows, z)
+        state.count = state.count.index_add(0, rows, stat.float())
+        state.live = state.one_set = None
+    if not step.any_sparse:
+        return a
+    live = selection.live(step, a.device)
+    return a.masked_fill(sparse[:, None] & ~live[rows], 0)
+
+
+def _mask_experts(selection: Selection, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """Routing weights [N, k] with the dead experts at zero."""
+    step = selection.runtime.step
+    if step is None or not step.any_sparse:
+        return weights
+    live = selection.live(step, weights.device)
+    rows = torch.arange(index.shape[0], device=index.device) // step.shape[1]
+    dead = ~live[rows[:, None], index] & step.sparse.to(weights.device).flatten()[:, None]
+    return weights.masked_fill(dead, 0)

@@ -1,0 +1,104 @@
+"""State: what outlives a forward (running statistics, chosen units), owned by one cache object and its rows.
+
+It lives on the cache itself, so that it dies with it and a deep copy of a cache copies it; a cache that follows is of a
+subclass that repeats reorder, select, repeat, crop and reset on the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from pumice.errors import PumiceError
+
+
+@dataclass
+class SiteState:
+    """One site's running statistic and the units chosen from it."""
+
+    statistic: Tensor  # [B, units], Σ over prompt tokens
+    count: Tensor  # [B], prompt tokens seen
+    live: Tensor | None = None  # bool [B, units]
+    one_set: Tensor | None = None  # int64 [k] where every row has the same set: what can be gathered once
+
+
+@dataclass
+class State:
+    """All sites' states of one batch of sequences, and how many positions they have seen."""
+
+    seen: int = 0
+    prompt: int = 0  # positions that were prompt
+    sites: dict[str, SiteState] = field(default_factory=dict)
+
+    def rows(self, pick: Callable[[Tensor], Tensor]) -> None:
+        for site in self.sites.values():
+            site.statistic, site.count = pick(site.statistic), pick(site.count)
+            site.live = None if site.live is None else pick(site.live)
+
+    def crop(self, length: int) -> None:
+        if length < self.prompt:
+            raise PumiceError(
+                f"the cache was cut to {length} positions, inside the prompt of {self.prompt} that chose the units: "
+                "a statistic cannot forget tokens. Start a new cache."
+            )
+        self.seen = min(self.seen, length)
+
+    def reset(self) -> None:
+        self.seen = self.prompt = 0
+        self.sites.clear()
+
+
+class Following:
+    """Mixin of a cache whose state follows it."""
+
+    pumice: dict[int, State]
+
+    def _all(self, action: Callable[[State], None]) -> None:
+        for state in self.pumice.values():
+            action(state)
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._all(lambda state: state.rows(lambda t: t.index_select(0, beam_idx.to(t.device))))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._all(lambda state: state.rows(lambda t: t[indices]))
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self._all(lambda state: state.rows(lambda t: t.repeat_interleave(repeats, dim=0)))
+
+    def crop(self, *args, **kwargs):
+        super().crop(*args, **kwargs)
+        self._all(lambda state: state.crop(past_length(self)))
+
+    def reset(self):
+        super().reset()
+        self._all(State.reset)
+
+
+_following: dict[type, type] = {}
+
+
+def follow(cache, owner: int, state: State) -> State:
+    """Bind a state to a cache object for one runtime."""
+    if not isinstance(cache, Following):
+        plain = type(cache)
+        if plain not in _following:
+            _following[plain] = type(plain.__name__, (Following, plain), {"__module__": plain.__module__})
+        cache.__class__ = _following[plain]
+        cache.pumice = {}
+    cache.pumice[owner] = state
+    return state
+
+
+def state_of(cache, owner: int) -> State | None:
+    return cache.pumice.get(owner) if isinstance(cache, Following) else None
+
+
+def past_length(cache) -> int:
+    """Positions that a cache holds."""
+    return 0 if cache is None else int(cache.get_seq_length())
