@@ -1,0 +1,188 @@
+"""Feed-forward networks in a block: a `down` matrix whose every input is one neuron, and the matrices that make it.
+
+    a = act(gate x) * (up x)        y = down a
+
+A neuron is confirmed by perturbation: changing unit u of an input matrix at token t changes a[t, u] and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pumice.arch.probe import Lab, close, widths
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of a linear that belong to units: unit u owns start + u*stride + (0 … width-1)."""
+
+    linear: str
+    start: int = 0
+    stride: int = 1
+    width: int = 1
+
+    def index(self, units: Tensor) -> Tensor:
+        offset = torch.arange(self.width)
+        return (self.start + units[:, None] * self.stride + offset).flatten()
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A confirmed group of parts: role -> rows, and the number of units."""
+
+    name: str
+    units: int
+    parts: dict[str, Rows] = field(default_factory=dict)
+
+
+def scopes(name: str) -> Iterator[str]:
+    """`mlp.experts.0.down` -> `mlp.experts.0.`, `mlp.experts.`, `mlp.`, `` (the block)."""
+    while name:
+        name = name.rpartition(".")[0]
+        yield f"{name}." if name else ""
+
+
+def common(names: list[str]) -> str:
+    """The innermost module that holds all the names; empty where it is the block itself."""
+    first, *rest = [name.split(".")[:-1] for name in names]
+    depth = 0
+    while depth < len(first) and all(len(other) > depth and other[depth] == first[depth] for other in rest):
+        depth += 1
+    return ".".join(first[:depth])
+
+
+def find_ffns(lab: Lab, width: int) -> tuple[list[Unit], dict[str, str]]:
+    """The FFNs of a block of hidden size `width`, and why what looked like one is not."""
+    found: list[Unit] = []
+    refused: dict[str, str] = {}
+    for down in lab.order:
+        if widths(lab.linears[down])[0] != width:
+            continue
+        for inputs in candidates(lab, down):
+            rows, why = confirm(lab, down, inputs)
+            if rows:
+                name = common([down, *(part.linear for part in rows.values())])
+                found.append(Unit(name, widths(lab.linears[down])[1], {**rows, "down": Rows(down)}))
+                break
+            if why:
+                refused[down] = why
+    return found, refused
+
+
+def candidates(lab: Lab, down: str) -> Iterator[list[str]]:
+    """Linears called before `down` with as many rows as it has columns, or twice as many, from near to far."""
+    size = widths(lab.linears[down])[1]
+    earlier = lab.order[: lab.order.index(down)]
+    tried: set[str] = set()
+    for scope in scopes(down):
+        inside = [name for name in earlier if name.startswith(scope)]
+        inside = [name for name in inside if widths(lab.linears[name])[0] in (size, 2 * size)]
+        if inside and set(inside) != tried:
+            tried = set(inside)
+            yield inside
+
+
+def confirm(lab: Lab, down: str, candidates: list[str]) -> tuple[dict[str, Rows], str]:
+    """Roles of the candidates that make the neurons of `down`, or why they are not neurons."""
+    size = widths(lab.linears[down])[1]
+    rows = [part for name in candidates for part in elementwise(lab, name, down, size)]
+    if not rows:
+        return {}, ""
+    if len(rows) > 2 or lab.repeated & {down, *(part.linear for part in rows)}:
+        return {}, f"{len(rows)} matrices meet in one neuron, or one is called twice in a forward"
+    if not closed(lab, down, rows):
+        return {}, ""
+    parts = roles(lab, down, rows)
+    why = cannot_narrow(lab, down, parts, size)
+    return ({}, why) if why else (parts, "")
+
+
+def elementwise(lab: Lab, name: str, down: str, size: int) -> list[Rows]:
+    """How the rows of `name` map to the neurons of `down`: one to one, two halves, interleaved, or not at all."""
+    base = lab.run(stop=down).inputs[down]
+    picked = (lab.noise(lab.shapes[name]) > 1).float()  # about one in six
+    noise = 3 * lab.noise(lab.shapes[name]) * picked
+    after = lab.run({name: lambda z: z + noise}, stop=down).inputs[down]
+    if after.shape != base.shape or base.numel() // size < 4:
+        return []
+    changed = (after != base).reshape(-1, size)
+    picked = picked.reshape(changed.shape[0], -1).bool()
+    if picked.shape[1] == size:
+        return [Rows(name)] if covers(picked, changed) else []
+    halves, pairs = picked.reshape(-1, 2, size), picked.reshape(-1, size, 2)
+    if covers(halves.any(1), changed):
+        return [Rows(name), Rows(name, start=size)]
+    if covers(pairs.any(2), changed):
+        return [Rows(name, 0, 2), Rows(name, 1, 2)]
+    return []
+
+
+def covers(picked: Tensor, changed: Tensor) -> bool:
+    """Only picked neurons changed, and a fair part of them did (ReLU hides some)."""
+    return not (changed & ~picked).any() and bool((changed & picked).sum() > 0.2 * picked.sum())
+
+
+def closed(lab: Lab, down: str, rows: list[Rows]) -> bool:
+    """The neurons depend on nothing but the rows: a gate on an attention's output passes `elementwise`, not this."""
+    names = [part.linear for part in rows]
+    kept: dict[str, Tensor] = {}
+    base = lab.run({name: keep(kept, name) for name in names}, stop=down).inputs[down]
+    other = lab.call.with_hidden(lab.noise(lab.call.hidden.shape))
+    after = lab.run({name: lambda z, name=name: kept[name] for name in names}, stop=down, call=other).inputs[down]
+    return close(after, base)
+
+
+def keep(store: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
+    def edit(z: Tensor) -> Tensor:
+        store[name] = z.clone()
+        return z
+
+    return edit
+
+
+def roles(lab: Lab, down: str, rows: list[Rows]) -> dict[str, Rows]:
+    """`up` is the part in which the neuron is affine, `gate` the other; of two affine parts the first is the gate."""
+    if len(rows) == 1:
+        return {"up": rows[0]}
+    first, second = rows
+    if affine(lab, down, first) and not affine(lab, down, second):
+        first, second = second, first
+    return {"gate": first, "up": second}
+
+
+def affine(lab: Lab, down: str, part: Rows) -> bool:
+    """a(2z) + a(0) = 2 a(z) in the rows z of one part."""
+    size = widths(lab.linears[down])[1]
+    rows = part.index(torch.arange(size))
+
+    def scaled(factor: float) -> Tensor:
+        def edit(z: Tensor) -> Tensor:
+            z = z.clone()
+            z[..., rows] *= factor
+            return z
+
+        return lab.run({part.linear: edit}, stop=down).inputs[down]
+
+    return close(scaled(2.0) + scaled(0.0), 2 * scaled(1.0))
+
+
+def cannot_narrow(lab: Lab, down: str, parts: dict[str, Rows], size: int) -> str:
+    """Why the block with half of the neurons is not the block with the other half masked; empty if it is."""
+    kept = torch.randperm(size, generator=lab.generator)[: max(1, size // 2)].sort().values
+    mask = torch.zeros(size, device=lab.call.hidden.device)
+    mask[kept] = 1
+    masked = lab.run(enter={down: lambda a: a * mask}).result
+    rows: dict[str, list[Tensor]] = {}
+    for part in parts.values():
+        rows.setdefault(part.linear, []).append(part.index(kept))
+    merged = {name: torch.cat(index).sort().values for name, index in rows.items()}
+    try:
+        with lab.narrowed(merged, {down: kept}):
+            narrow = lab.run().result
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        return f"its code does not run at another width ({str(error).splitlines()[0][:120]})"
+    return "" if close(narrow, masked) else "fewer neurons do not give the result of masked neurons"
