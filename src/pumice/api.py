@@ -8,7 +8,6 @@ with plan.applied(model):
 from __future__ import annotations
 
 import fnmatch
-import logging
 import re
 import warnings
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from pumice import recipe
 from pumice.arch.detect import Arch, detect
-from pumice.arch.weights import Resident
+from pumice.arch.weights import Resident, Shards
 from pumice.calib.data import Windows, tokens
 from pumice.calib.journal import Journal
 from pumice.calib.stats import SiteStats
@@ -30,13 +29,12 @@ from pumice.calib.stream import Source, stream, verify
 from pumice.disk import cache_dir
 from pumice.errors import PumiceError
 from pumice.forms import Form, Mask, Slim
-from pumice.plan import Plan, fingerprint_model
+from pumice.hub.save import ShardWriter
+from pumice.plan import Plan, fingerprint, fingerprint_model, tensor_digest
 from pumice.runtime.attach import applied, attach
-from pumice.sites import Site
+from pumice.sites import Block, Site
 
-__all__ = ["applied", "attach", "load", "sparsify"]
-
-log = logging.getLogger(__name__)
+__all__ = ["applied", "attach", "load", "sparsify", "sparsify_folder"]
 
 
 def load(name: str, **settings):
@@ -45,13 +43,12 @@ def load(name: str, **settings):
     Returns (model, tokenizer). `settings`: dtype, device, exec.
     """
     from pumice.hub.models import load as load_base
-    from pumice.plan import JSON
 
     execution = settings.pop("exec", "fast")
     loaded = load_base(name, **settings)
-    if Path(name).is_dir() and (Path(name) / JSON).exists():
-        return attach(loaded.model, Plan.load(name), exec=execution), loaded.tokenizer
-    return loaded.model, loaded.tokenizer
+    if loaded.plan is None:
+        return loaded.model, loaded.tokenizer
+    return attach(loaded.model, Plan.load(loaded.plan), exec=execution), loaded.tokenizer
 
 
 def sparsify(
@@ -66,8 +63,6 @@ def sparsify(
     bos: bool = False,
     name: str | None = None,
     resume: bool = True,
-    source: Source | None = None,
-    done=None,
     check: bool = True,
 ) -> Plan:
     """The plan of one or several methods for a model, which is left exactly as it was.
@@ -77,10 +72,8 @@ def sparsify(
     A run that was killed goes on at the block it had reached, with a bit-identical result (`resume=False` to restart).
     """
     methods = recipe.read(method)
-    source = source or Resident(model)
     base = {"name": name or getattr(model, "name_or_path", "") or type(model).__name__}
-    if isinstance(source, Resident):
-        base["fingerprint"] = fingerprint_model(model)
+    base["fingerprint"] = fingerprint_model(model)
     text: Windows | None = None
     plan = Plan(base=base)
     for one in methods:
@@ -88,25 +81,99 @@ def sparsify(
             text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos)
         weights_so_far = replace(plan, select={})
         with applied(model, weights_so_far, check=False) if plan.weights else nullcontext():
-            plan = plan.merge(_solve(model, one, text, source, base, resume, done, check))
-    return plan if not plan.weights or "fingerprint" not in base else _with_applied(model, plan)
+            journal = _journal(one, text, base, plan.recipe) if one.needs and resume else None
+            plan = plan.merge(_solve(model, one, text, Resident(model), base, journal, check=check))
+        if journal is not None:
+            journal.finish()
+    return _with_applied(model, plan) if plan.weights else plan
 
 
-def _solve(model, method, text: Windows | None, source, base: dict, resume: bool, done, check: bool) -> Plan:
+def sparsify_folder(
+    folder: str | Path,
+    method: Any,
+    out: str | Path,
+    data: str | Tensor | Sequence[str] | Windows = "builtin",
+    *,
+    tokenizer=None,
+    windows: int = 16,
+    window: int = 512,
+    seed: int = 0,
+    bos: bool = False,
+) -> Plan:
+    """Prune a model larger than memory from its safetensors shards into `out`, one block resident at a time.
+
+    One weight-pruning method. Shards of `out` are written as blocks are done; a killed run goes on where it was.
+    """
+    (one,) = recipe.read(method) if len(recipe.read(method)) == 1 else (None,)
+    if one is None:
+        raise PumiceError("a model larger than memory takes one method at a time; run the recipe's entries in turn.")
+    source = Shards(folder)
+    text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos) if one.needs else None
+    writer = ShardWriter(folder, out, run=str((recipe.describe(one), text.protocol if text else None)))
+    journal = Journal(writer.partial)  # beside the shards it speaks of, so that neither is found without the other
+    watched = _Digesting(source)
+
+    def done(block: Block, forms: dict[str, Form]) -> None:
+        tensors = {f"{block.name}.{key}": p.detach() for key, p in block.module.named_parameters()}
+        writer.write(f"block-{block.index:05d}", source.reverse(tensors))
+
+    plan = _solve(source.model, one, text, watched, {"name": str(folder)}, journal, done=done)
+    if plan.select:
+        raise PumiceError(f"{one.name} changes no weights; save its plan beside the model instead of a new folder.")
+    plan = replace(plan, base={**plan.base, "fingerprint": watched.fingerprint(detect(source.model))})
+    journal.finish()
+    writer.finish(plan)
+    return plan
+
+
+class _Digesting:
+    """A source that takes a digest of every parameter as it comes in, for the fingerprint of a model never whole."""
+
+    def __init__(self, source: Shards) -> None:
+        self.source, self.digests = source, {}
+
+    def load_rest(self) -> None:
+        self.source.load_rest()
+        self._note(self.source.model.named_parameters())
+
+    def load(self, block: nn.Module, name: str) -> None:
+        self.source.load(block, name)
+        self._note((f"{name}.{key}", p) for key, p in block.named_parameters())
+
+    def release_rest(self) -> None:
+        self.source.release_rest()
+
+    def release(self, block: nn.Module, name: str) -> None:
+        self.source.release(block, name)
+
+    def _note(self, parameters) -> None:
+        found = {key: tensor_digest(key, p) for key, p in parameters if not p.is_meta and key not in self.digests}
+        self.digests |= found
+
+    def fingerprint(self, arch: Arch) -> str:
+        """Of all parameters; what a resumed run has not loaded is loaded now."""
+        missing = {key for key, _ in self.source.model.named_parameters()} - self.digests.keys()
+        for block in arch.blocks:
+            if any(key.startswith(f"{block.name}.") for key in missing):
+                self.load(block.module, block.name)
+                self.release(block.module, block.name)
+        if any(not any(key.startswith(f"{block.name}.") for block in arch.blocks) for key in missing):
+            self.load_rest()
+            self.release_rest()
+        return fingerprint(self.digests.values())
+
+
+def _solve(model, method, text: Windows | None, source: Source, base: dict, journal, *, done=None, check=False) -> Plan:
     arch = detect(model)
     sites = choose_sites(arch, method)
-    if method.needs and check and isinstance(source, Resident):
-        verify(model, arch, text.ids[:1, : min(64, text.ids.shape[1])].to(_device(model)))
-    unreached: list[str] = []
+    if method.needs and check:
+        verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
 
     def solve(site: Site, stats: SiteStats) -> Form | None:
         if site.kind == "linear":
             _check_finite(site)
         return method.solve(site, stats)
 
-    journal = None
-    if method.needs and resume and "fingerprint" in base:
-        journal = Journal(cache_dir(), base["fingerprint"], recipe.describe(method), text.protocol, torch.__version__)
     forms = stream(
         model,
         arch,
@@ -119,10 +186,6 @@ def _solve(model, method, text: Windows | None, source, base: dict, resume: bool
         done=done,
         title=f"{method.name}: blocks",
     )
-    if journal is not None:
-        journal.finish()
-    if unreached:
-        log.warning("no calibration token reached %d sites, such as %s", len(unreached), unreached[0])
     weights = {name: form for name, form in forms.items() if isinstance(form, (Mask, Slim))}
     return Plan(
         weights=weights,
@@ -131,6 +194,11 @@ def _solve(model, method, text: Windows | None, source, base: dict, resume: bool
         calibration=dict(text.protocol) if method.needs else {},
         base=base,
     )
+
+
+def _journal(method, text: Windows | None, base: dict, before: list) -> Journal:
+    protocol = text.protocol if text is not None else None
+    return Journal(cache_dir(), base["fingerprint"], before, recipe.describe(method), protocol, torch.__version__)
 
 
 def choose_sites(arch: Arch, method: Any) -> list[Site]:
@@ -163,8 +231,8 @@ def _check_finite(site: Site) -> None:
     bad = int((~torch.isfinite(weight)).sum())
     if bad:
         raise PumiceError(
-            f"{site.name} (block {site.block}) holds {bad} weights that are NaN or infinite. The file is damaged, or the "
-            "model was trained into overflow: get a sound copy before pruning it."
+            f"{site.name} (block {site.block}) holds {bad} weights that are NaN or infinite. The file is damaged, or "
+            "the model was trained into overflow: get a sound copy before pruning it."
         )
 
 
@@ -172,7 +240,3 @@ def _with_applied(model: nn.Module, plan: Plan) -> Plan:
     """The plan with the fingerprint of the weights that its masks make, so that a saved folder is recognised too."""
     with applied(model, replace(plan, select={}), check=False):
         return replace(plan, base={**plan.base, "applied": fingerprint_model(model)})
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device

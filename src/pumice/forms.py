@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,20 +23,41 @@ from pumice.errors import PumiceError
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mask:
-    """Kept weights of one matrix, and new values for them where a method updates weights."""
+    """Kept weights of one matrix as packed bits, and new values for them where a method updates weights."""
 
-    keep: Tensor  # bool [out, in]
+    bits: Tensor  # uint8 [ceil(out·in / 8)], row by row, lowest bit first
+    shape: tuple[int, int]  # [out, in]
     pattern: str = "free"  # how the budget was counted: row, free, N:M
     values: Tensor | None = None  # [out, in]
+
+    @classmethod
+    def keeping(cls, keep: Tensor, pattern: object = "free", values: Tensor | None = None) -> Mask:
+        """The mask that keeps where `keep`, bool [out, in], says so."""
+        bits = torch.from_numpy(np.packbits(keep.cpu().numpy(), bitorder="little"))
+        return cls(bits=bits, shape=tuple(keep.shape), pattern=str(pattern), values=values)
+
+    @property
+    def keep(self) -> Tensor:
+        """bool [out, in]."""
+        rows, columns = self.shape
+        flat = np.unpackbits(self.bits.cpu().numpy(), bitorder="little", count=rows * columns)
+        return torch.from_numpy(flat.view(bool)).view(rows, columns)
 
     def reference(self, weight: Tensor) -> Tensor:
         """The sparse matrix as a dense one, [out, in], in the dtype of `weight`; keeping everything changes no bit."""
         base = weight if self.values is None else self.values.to(weight)
-        return torch.where(self.keep.to(weight.device), base, torch.zeros((), dtype=weight.dtype, device=weight.device))
+        return base.masked_fill(~self.keep.to(weight.device), 0)
+
+    @property
+    def removed(self) -> int:
+        """How many weights are gone."""
+        rows, columns = self.shape
+        return rows * columns - int(np.bitwise_count(self.bits.cpu().numpy()).sum(dtype=np.int64))
 
     @property
     def sparsity(self) -> float:
-        return 1.0 - self.keep.sum().item() / max(self.keep.numel(), 1)
+        rows, columns = self.shape
+        return self.removed / max(rows * columns, 1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

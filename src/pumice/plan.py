@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -59,11 +61,19 @@ class Plan:
 
     def sparsity(self) -> float:
         """Fraction removed, over the weights of the masked matrices or the units of the selected sites."""
-        masks = [form.keep for form in self.weights.values() if isinstance(form, Mask)]
+        masks = [form for form in self.weights.values() if isinstance(form, Mask)]
         if masks:
-            return 1 - sum(keep.sum().item() for keep in masks) / max(sum(keep.numel() for keep in masks), 1)
+            return sum(form.removed for form in masks) / max(sum(math.prod(form.shape) for form in masks), 1)
         units = [(form.sparsity * form.units, form.units) for form in {**self.select, **self.weights}.values()]
         return sum(gone for gone, _ in units) / max(sum(all_ for _, all_ in units), 1)
+
+    def applied(self, model: torch.nn.Module, **settings):
+        """`with plan.applied(model):` runs the plan on the model itself; afterwards it is bit for bit what it was."""
+        return import_module("pumice.api").applied(model, self, **settings)  # the runtime is a layer above
+
+    def attach(self, model: torch.nn.Module, **settings) -> torch.nn.Module:
+        """A twin of the model that runs the plan and shares every tensor that it leaves alone."""
+        return import_module("pumice.api").attach(model, self, **settings)
 
     # ---- disk -------------------------------------------------------------------------------------------------------
 
@@ -72,8 +82,8 @@ class Plan:
         tensors: dict[str, Tensor] = {}
 
         def put(key: str, tensor: Tensor) -> str:
-            tensors[key] = _pack(tensor) if tensor.dtype == torch.bool else tensor.detach().cpu().contiguous()
-            return key if tensor.dtype != torch.bool else f"{key}|{'x'.join(map(str, tensor.shape))}"
+            tensors[key] = tensor.detach().cpu().contiguous()
+            return key
 
         data = {
             "pumice": VERSION,
@@ -102,12 +112,11 @@ class Plan:
             ) from error
 
         def get(key: str) -> Tensor:
-            key, _, shape = key.partition("|")
             if key not in tensors:
                 raise PumiceError(
                     f"{folder / TENSORS} lacks the tensor {key!r} that {JSON} names. Make the plan again."
                 )
-            return _unpack(tensors[key], tuple(map(int, shape.split("x")))) if shape else tensors[key]
+            return tensors[key]
 
         return cls(
             weights={name: decode(form, get) for name, form in data["weights"].items()},
@@ -139,17 +148,6 @@ def read_json(folder: Path) -> dict:
 
 def _names(plan: Plan) -> str:
     return " + ".join(entry["method"] for entry in plan.recipe) or "a plan"
-
-
-def _pack(bits: Tensor) -> Tensor:
-    flat = bits.detach().cpu().flatten()
-    flat = torch.cat([flat, flat.new_zeros(-flat.numel() % 8)]).view(-1, 8)
-    return (flat * (2 ** torch.arange(8))).sum(1).to(torch.uint8)
-
-
-def _unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    return bits.flatten()[: torch.Size(shape).numel()].bool().view(shape)
 
 
 # ---- fingerprint ----------------------------------------------------------------------------------------------------

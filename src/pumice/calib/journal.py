@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -59,6 +60,8 @@ class Journal:
 
     def finish(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # others may be running
+            self.folder.parent.rmdir()
 
     def _forms(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from pumice.arch.detect import Arch
 from pumice.arch.experts import expert_forward
-from pumice.arch.trace import Call, trace
+from pumice.arch.trace import Call, first_call, hidden_of, trace
 from pumice.calib.data import Windows
 from pumice.calib.journal import Journal
 from pumice.calib.stats import SiteStats, Stat
@@ -114,8 +114,9 @@ class Replays:
 
     def run(self, block: Block) -> list[Tensor]:
         outputs = []
-        for (self.valid, calls), hidden in zip(self.groups, self.hidden, strict=True):
-            outputs.append(calls[block.index].run(block.module, hidden))
+        for (valid, calls), hidden in zip(self.groups, self.hidden, strict=True):
+            self.valid = valid
+            outputs.append(hidden_of(calls[block.index].with_hidden(hidden)(block.module)))
             if not bool(torch.isfinite(outputs[-1]).all()):
                 raise PumiceError(
                     f"block {block.index} ({block.name}) gives NaN or infinite values in fp32 on the calibration text. "
@@ -128,13 +129,18 @@ def _start(model: nn.Module, arch: Arch, windows: Windows | None, source: Source
     if windows is None:
         raise PumiceError("this method needs calibration text: give `data`, such as 'builtin' or 'file:PATH'.")
     rows = max(1, GROUP // windows.ids.shape[1])
+    modules, first = [block.module for block in arch.blocks], arch.blocks[0]
     source.load_rest()
+    source.load(first.module, first.name)
     try:
-        groups = []
+        output, groups = None, []
         for ids, valid in zip(windows.ids.split(rows), windows.valid.split(rows), strict=True):
             mask = None if bool(valid.all()) else valid.long()
-            groups.append((valid, trace(model, arch.blocks, ids, mask)))
+            if output is None:  # the structure that a block returns
+                output = first_call(model, first.module, ids[:1], mask)(first.module)
+            groups.append((valid, trace(model, modules, ids, mask, output=output)))
     finally:
+        source.release(first.module, first.name)
         source.release_rest()
     return Replays(groups)
 
@@ -192,16 +198,16 @@ def _tap_experts(name: str, module: nn.Module, keys: set[str], add: Callable, va
 def verify(model: nn.Module, arch: Arch, ids: Tensor) -> None:
     """Check on one window [1, T] that replaying gives what every block of the resident model gives by itself."""
     own: list[Tensor] = []
-    handles = [b.module.register_forward_hook(lambda m, a, out: own.append(_hidden(out))) for b in arch.blocks]
+    handles = [b.module.register_forward_hook(lambda m, a, out: own.append(hidden_of(out))) for b in arch.blocks]
     try:
         model(ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    calls = trace(model, arch.blocks, ids)
+    calls = trace(model, [block.module for block in arch.blocks], ids)
     hidden = calls[0].hidden
     for block, call, expected in zip(arch.blocks, calls, own, strict=True):
-        hidden = call.run(block.module, hidden)
+        hidden = hidden_of(call.with_hidden(hidden)(block.module))
         error = (hidden.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-12)
         if not error < 1e-2:
             raise PumiceError(
@@ -209,7 +215,3 @@ def verify(model: nn.Module, arch: Arch, ids: Tensor) -> None:
                 "relative: its arguments depend on something that streaming does not see. Calibrate another model, or "
                 "declare the family."
             )
-
-
-def _hidden(output) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output

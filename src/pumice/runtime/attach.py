@@ -23,7 +23,7 @@ from pumice.plan import Plan, fingerprint_model
 from pumice.runtime.modules import Selection, splice_experts, splice_select, splice_slim
 from pumice.runtime.state import State, follow, past_length, state_of
 from pumice.runtime.step import Step, make_step
-from pumice.sites import Site, owner, storage_bytes
+from pumice.sites import Site, owner
 
 Exec = Literal["reference", "fast"]
 
@@ -33,6 +33,7 @@ class Runtime:
     """What the spliced modules of one attached plan share: the current step, the kernels in use, the counters."""
 
     plan: Plan
+    arch: Arch
     exec: Exec = "fast"
     kernels: Literal["measured", "always"] = "measured"  # always: use the fast path even where it is slower
     counting: bool = False
@@ -123,7 +124,7 @@ def attach(model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measur
     if check:
         check_base(model, plan)
     twin = copy_tree(model)
-    _install(twin, arch, plan, Runtime(plan=plan, exec=exec, kernels=kernels))
+    _install(twin, Runtime(plan=plan, arch=arch, exec=exec, kernels=kernels))
     return twin
 
 
@@ -136,9 +137,9 @@ def applied(
     if check:
         check_base(model, plan)
     before = [(module, _tables(module)) for module in model.modules()]
-    runtime = Runtime(plan=plan, exec=exec, kernels=kernels)
+    runtime = Runtime(plan=plan, arch=arch, exec=exec, kernels=kernels)
     try:
-        _install(model, arch, plan, runtime)
+        _install(model, runtime)
         yield runtime
     finally:
         for module, tables in before:
@@ -167,7 +168,8 @@ def copy_tree(module: nn.Module, seen: dict | None = None) -> nn.Module:
     return seen[id(module)]
 
 
-def _install(model: nn.Module, arch: Arch, plan: Plan, runtime: Runtime) -> None:
+def _install(model: nn.Module, runtime: Runtime) -> None:
+    plan, arch = runtime.plan, runtime.arch
     sites = {name: replace(_site(arch, name), root=model) for name in (*plan.weights, *plan.select)}
     masks = {name: form for name, form in plan.weights.items() if isinstance(form, Mask)}
     write_masks(model, {name: sites[name] for name in masks}, masks)
@@ -223,10 +225,8 @@ def write_masks(model: nn.Module, sites: dict[str, Site], masks: dict[str, Mask]
         if view.parameter not in written:
             written[view.parameter] = model.get_parameter(view.parameter).detach().clone()
         window = view.of(written[view.parameter])
-        if window.shape != form.keep.shape:
-            raise PumiceError(
-                f"the plan's mask of {name} is {tuple(form.keep.shape)}, but the matrix is {tuple(window.shape)}."
-            )
+        if tuple(window.shape) != tuple(form.shape):
+            raise PumiceError(f"the plan's mask of {name} is {form.shape}, but the matrix is {tuple(window.shape)}.")
         window.copy_(form.reference(window))
     for parameter, tensor in written.items():
         module, leaf = owner(parameter)
@@ -261,23 +261,3 @@ def _generate(model: nn.Module, runtime: Runtime, inputs=None, *args, **kwargs):
         kwargs["inputs"] = inputs
     with runtime.phase(border, kwargs.get("attention_mask")):
         return type(model).generate(model, *args, **kwargs)
-
-
-def decode_bytes(model: nn.Module) -> int:
-    """Bytes of weights that one decoded token reads, batch 1: everything but the rows of embeddings it does not use."""
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    runtime: Runtime | None = getattr(model, "pumice", None)
-    gathered, skip = 0, set()
-    for selection in runtime.selections.values() if runtime else ():
-        if selection.gathered:
-            gathered += sum(storage_bytes(m.weight) for m in selection.gathered.values())
-            skip |= {part.view.parameter for part in selection.site.parts.values()}
-    total = 0
-    for name, parameter in model.named_parameters():
-        if name in skip:
-            continue
-        is_table = embedding is not None and parameter is embedding.weight
-        is_head = head is not None and parameter is head.weight
-        total += storage_bytes(parameter[:1]) if is_table and not is_head else storage_bytes(parameter)
-    return total + gathered

@@ -20,4 +20,4 @@ class Magnitude:
         object.__setattr__(self, "pattern", parse_pattern(self.pattern))
 
     def solve(self, site: Site, stats: SiteStats) -> Mask:
-        return Mask(keep=self.pattern.keep(site.weight.abs(), self.sparsity), pattern=str(self.pattern))
+        return Mask.keeping(self.pattern.keep(site.weight.abs(), self.sparsity), self.pattern)

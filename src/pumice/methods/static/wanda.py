@@ -22,4 +22,4 @@ class Wanda:
 
     def solve(self, site: Site, stats: SiteStats) -> Mask:
         score = site.weight.abs() * stats[ColumnNorm]  # [out, in] * [in]
-        return Mask(keep=self.pattern.keep(score, self.sparsity), pattern=str(self.pattern))
+        return Mask.keeping(self.pattern.keep(score, self.sparsity), self.pattern)
