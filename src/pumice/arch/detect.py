@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pumice.arch.ffn import Rows, Unit, find_ffns
-from pumice.arch.probe import Lab, is_transposed
-from pumice.arch.trace import Call, first_call, hidden_of, quiet, record
+from pumice.arch.build import Builder
+from pumice.arch.probe import Lab
+from pumice.arch.read import Reading, read
+from pumice.arch.trace import Call, first_call, quiet, record, stand_ins
 from pumice.errors import PumiceError
-from pumice.sites import Block, Kind, Part, Site, View
+from pumice.sites import Block, Kind, Site
 
 BATCH, TOKENS = 8, 6
 
@@ -43,15 +44,6 @@ class Arch:
         return {name: why for block in self.blocks for name, why in block.refused.items()}
 
 
-@dataclass
-class Reading:
-    """What is known of one block structure, in names relative to the block."""
-
-    linears: dict[str, str] = field(default_factory=dict)  # linear -> key of its input
-    ffns: list[Unit] = field(default_factory=list)
-    refused: dict[str, str] = field(default_factory=dict)
-
-
 def detect(model: nn.Module) -> Arch:
     """Read the layout of a decoder-only language model.
 
@@ -68,8 +60,9 @@ def detect(model: nn.Module) -> Arch:
         if (key := structure(block)) not in readings:
             with quiet(block):
                 readings[key] = read(block, call)
-    built = _Build(model)
-    arch = Arch(tuple(built.block(i, f"{prefix}.{i}", b, readings[structure(b)]) for i, b in enumerate(blocks)))
+    builder = Builder(model)
+    built = (builder.block(i, f"{prefix}.{i}", b, readings[structure(b)]) for i, b in enumerate(blocks))
+    arch = Arch(tuple(built))
     if not arch.of_kind("linear"):
         why = "; ".join(f"{name}: {reason}" for name, reason in list(arch.refused.items())[:4])
         raise PumiceError(f"No linear layer could be read in the {len(blocks)} blocks {prefix!r}. {why}")
@@ -94,17 +87,23 @@ def decoder_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
 
 
 def recorded(model: nn.Module, blocks: list[nn.Module]) -> list[Call | None]:
-    """One call for each block, None for a block that a text-only forward does not reach."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    row = torch.randint(min(3, vocabulary - 1), vocabulary, (1, TOKENS), generator=generator)
-    ids = row.expand(BATCH, -1).to(model.get_input_embeddings().weight.device)
-    call = first_call(model, blocks[0], ids)
-    lab = Lab.of(blocks[0], call)
-    with torch.no_grad():
-        output = lab.call(lab.module)
-    calls, _ = record(model, blocks, ids, output)
+    """One call for each block, on random tokens; None for a block that a forward on text alone does not reach."""
+    ids = token_ids(model)
+    with stand_ins(model, blocks):
+        call = first_call(model, blocks[0], ids)
+        lab = Lab.of(blocks[0], call)
+        with torch.no_grad():
+            output = lab.call(lab.module)
+        calls, _ = record(model, blocks, ids, output)
     return [mine[0] if mine else None for mine in calls]
+
+
+def token_ids(model: nn.Module) -> torch.Tensor:
+    """The same random sentence in every row of a batch, so that rows differ only by what a probe does to them."""
+    table = model.get_input_embeddings().weight
+    vocabulary = model.config.get_text_config().vocab_size
+    row = torch.randint(3, vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    return row.expand(BATCH, -1).to("cpu" if table.is_meta else table.device)
 
 
 def structure(block: nn.Module) -> tuple:
@@ -122,63 +121,3 @@ def settings(module: nn.Module) -> tuple:
         elif isinstance(value, float):
             kept.append((name, value != 0))
     return tuple(kept)
-
-
-def read(block: nn.Module, call: Call | None) -> Reading:
-    """Probe one block."""
-    reading = Reading()
-    if call is None:
-        reading.refused[""] = "a forward on text alone does not call this block"
-        return reading
-    try:
-        lab = Lab.of(block, call)
-    except Exception as error:  # any family's code may fail here, and the user is told which block and why
-        reading.refused[""] = f"a copy of the block does not run ({type(error).__name__}: {error})"
-        return reading
-    for name in [*lab.order, *(name for name in lab.linears if name not in lab.reads)]:
-        if name not in lab.reads:
-            reading.refused[name] = "a forward on text alone does not call it"
-        elif not lab.computes_linear(name):
-            reading.refused[name] = f"{type(lab.linears[name]).__name__} does not compute x Wᵀ + b"
-        else:
-            reading.linears[name] = lab.reads[name]
-    width = hidden_of(lab.call.hidden).shape[-1]
-    reading.ffns, refused = find_ffns(lab, width)
-    reading.refused |= {f"{name} (ffn)": why for name, why in refused.items()}
-    return reading
-
-
-@dataclass
-class _Build:
-    """Readings to sites with full names; a parameter that two blocks share is listed once."""
-
-    model: nn.Module
-    owners: dict[int, str] = field(default_factory=dict)
-
-    def block(self, index: int, name: str, module: nn.Module, reading: Reading) -> Block:
-        sites, refused = [], {f"{name}.{part}".rstrip("."): why for part, why in reading.refused.items()}
-        for linear, key in reading.linears.items():
-            full = f"{name}.{linear}"
-            owner = self.owners.setdefault(id(module.get_submodule(linear).weight), full)
-            if owner == full:
-                sites.append(self.site(full, "linear", index, {"weight": self.part(name, module, Rows(linear))}, 0,
-                                       f"{name}.{key}"))  # fmt: skip
-            else:
-                refused[full] = f"its weight is that of {owner}"
-        for ffn in reading.ffns:
-            if all(f"{name}.{rows.linear}" not in refused for rows in ffn.parts.values()):
-                parts = {role: self.part(name, module, rows) for role, rows in ffn.parts.items()}
-                full = f"{name}.{ffn.name or 'ffn'}"
-                sites.append(self.site(full, "ffn", index, parts, ffn.units, parts["down"].module))
-        return Block(index=index, name=name, module=module, sites=tuple(sites), refused=refused)
-
-    def part(self, block: str, module: nn.Module, rows: Rows) -> Part:
-        linear = f"{block}.{rows.linear}"
-        view = View(f"{linear}.weight", transposed=is_transposed(module.get_submodule(rows.linear)))
-        return Part(linear, view, rows.start, rows.stride, rows.width)
-
-    def site(self, name: str, kind: Kind, index: int, parts: dict, units: int, key: str) -> Site:
-        if kind == "linear":
-            weight = self.model.get_submodule(parts["weight"].module)
-            units = weight.weight.numel()
-        return Site(name=name, kind=kind, block=index, parts=parts, units=units, input=key, root=self.model)

@@ -8,35 +8,12 @@ A neuron is confirmed by perturbation: changing unit u of an input matrix at tok
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from pumice.arch.probe import Lab, close, widths
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of a linear that belong to units: unit u owns start + u*stride + (0 … width-1)."""
-
-    linear: str
-    start: int = 0
-    stride: int = 1
-    width: int = 1
-
-    def index(self, units: Tensor) -> Tensor:
-        offset = torch.arange(self.width)
-        return (self.start + units[:, None] * self.stride + offset).flatten()
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A confirmed group of parts: role -> rows, and the number of units."""
-
-    name: str
-    units: int
-    parts: dict[str, Rows] = field(default_factory=dict)
+from pumice.arch.units import Rows, Unit, common
 
 
 def scopes(name: str) -> Iterator[str]:
@@ -44,15 +21,6 @@ def scopes(name: str) -> Iterator[str]:
     while name:
         name = name.rpartition(".")[0]
         yield f"{name}." if name else ""
-
-
-def common(names: list[str]) -> str:
-    """The innermost module that holds all the names; empty where it is the block itself."""
-    first, *rest = [name.split(".")[:-1] for name in names]
-    depth = 0
-    while depth < len(first) and all(len(other) > depth and other[depth] == first[depth] for other in rest):
-        depth += 1
-    return ".".join(first[:depth])
 
 
 def find_ffns(lab: Lab, width: int) -> tuple[list[Unit], dict[str, str]]:

@@ -108,6 +108,36 @@ def run_to_head(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | No
             handle.remove()
 
 
+@contextlib.contextmanager
+def stand_ins(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Random values for what is on the meta device outside the blocks, so that the model can be called."""
+    inside = {id(module) for block in blocks for module in block.modules()}
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    outside = [m for m in model.modules() if id(m) not in inside and m is not head and any(_meta(m))]
+    tables = [module for module in outside if isinstance(module, nn.Embedding)]
+    others = [module for module in outside if not isinstance(module, nn.Embedding)]
+    saved = [dict(module._parameters) for module in others]
+    for module in others:
+        for name in _meta(module):
+            value = torch.randn_like(module._parameters[name], device="cpu")
+            module._parameters[name] = nn.Parameter(value * value.shape[-1] ** -0.5, requires_grad=False)
+    try:
+        with replaced(tables, [_random_embedding(table) for table in tables]):
+            yield
+    finally:
+        for module, parameters in zip(others, saved, strict=True):
+            module._parameters.update(parameters)
+
+
+def _meta(module: nn.Module) -> list[str]:
+    return [name for name, p in module.named_parameters(recurse=False) if p.is_meta]
+
+
+def _random_embedding(table: nn.Embedding) -> Callable:
+    generator = torch.Generator().manual_seed(0)
+    return lambda ids: torch.randn(*ids.shape, table.embedding_dim, generator=generator, dtype=table.weight.dtype)
+
+
 def first_hidden(args: tuple, kwargs: dict[str, Any]) -> int | str:
     """Where the hidden state of the first block most likely is: the first floating tensor [batch, token, width]."""
     for where, value in [*enumerate(args), *kwargs.items()]:
@@ -209,8 +239,8 @@ def _check_shared(calls: list[list[Call]]) -> None:
     for index, (call,) in enumerate(calls):
         for name, value in call.others().items():
             if isinstance(value, dict | list) and not value and seen.setdefault(id(value), index) != index:
-                raise PumiceError(f"Argument {name!r} of block {index} is a container that blocks share, so they cannot "
-                                  "be run one by one.")  # fmt: skip
+                raise PumiceError(f"Argument {name!r} of block {index} is a container that blocks share, so they "
+                                  "cannot be run one by one.")  # fmt: skip
 
 
 def same(one: Any, two: Any) -> bool:
