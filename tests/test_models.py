@@ -22,7 +22,9 @@ from tiny import tiny
 
 STORIES = Path(__file__).parents[1] / "../shared/models/stories260k"
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="needs shared/models/stories260k")
-WIDTH, NEURONS, VOCABULARY = 32, 64, 260
+WIDTH, NEURONS, VOCABULARY = 32, 64, 261
+
+MERGED = ["\u0100\u0101", "\u0102\u0103"]
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +51,8 @@ def write_gguf(path, poison=False):
     out.add_rope_freq_base(10000.0)
     out.add_vocab_size(VOCABULARY)
     out.add_tokenizer_model("gpt2")
-    out.add_token_list([f"<{i}>" for i in range(3)] + [chr(0x100 + i) for i in range(256)] + ["\u0100\u0101"])
-    out.add_token_merges(["\u0100 \u0101"])
+    out.add_token_list([f"<{i}>" for i in range(3)] + [chr(0x100 + i) for i in range(256)] + MERGED)
+    out.add_token_merges([" ".join(pair) for pair in MERGED])
     out.add_bos_token_id(1)
     out.add_eos_token_id(2)
     half = WIDTH // 2
