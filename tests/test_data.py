@@ -104,6 +104,8 @@ def test_errors_teach(tmp_path):
         tokens(f"file:{tmp_path / 'none.txt'}", Letters())
     with pytest.raises(PumiceError, match="fill 2 windows of 4; 5 asked"):
         tokens(["abcdefghij"], Letters(), window=4, windows=5)
+    with pytest.raises(PumiceError, match="got list"):
+        tokens([1, 2, 3], Letters())
     with pytest.raises(PumiceError, match="tokenizer"):
         tokens("builtin")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +50,7 @@ class Windows:
 
 
 def tokens(
-    source: str | Tensor | list[str] | Windows,
+    source: str | Tensor | Sequence[str] | Windows,
     tokenizer=None,
     *,
     window: int = 512,
@@ -71,7 +72,7 @@ def tokens(
     if isinstance(source, Tensor):
         return _given(source)
     _check(window=window, windows=windows, skip=skip, order=order, split=split, bos=bos, tokenizer=tokenizer)
-    name, documents = ("texts", source) if isinstance(source, list) else (source, read(source, split))
+    name, documents = (source, read(source, split)) if isinstance(source, str) else ("texts", _texts(source))
     text = window - bos  # tokens of text in a window
     need = text * (skip + windows) if windows else None
     stream, characters = _stream(documents, tokenizer, order, seed, need)
@@ -104,6 +105,12 @@ def _given(ids: Tensor) -> Windows:
     if ids.dim() != 2 or ids.dtype != torch.long or not ids.numel():
         raise PumiceError(f"token ids are a LongTensor [N, T], not empty; got {ids.dtype} {list(ids.shape)}.")
     return _windows(ids, source="token ids", order="given", skip=0, tokens=ids.numel())
+
+
+def _texts(source: Sequence[str]) -> list[str]:
+    if not isinstance(source, Sequence) or not all(isinstance(text, str) for text in source):
+        raise PumiceError(f"data is a source name, texts or token ids [N, T]; got {type(source).__name__}.")
+    return list(source)
 
 
 def _check(*, window, windows, skip, order, split, bos, tokenizer) -> None:

