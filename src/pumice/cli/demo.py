@@ -1,0 +1,167 @@
+"""`pumice demo`: the main job on the embedded model, dense and sparse side by side, on a ladder of sparsities."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from pumice import recipe
+from pumice.cli import verbs
+from pumice.cli.verbs import note, page
+from pumice.errors import PumiceError
+
+METHODS = ("griffin", "static_topk", "wanda", "magnitude")
+PROMPT = "The history of the steam engine begins"
+WINDOW, SCORED, CALIBRATION, NEW = 512, 4, 4, 24
+
+
+def demo(ladder: str, out: str, as_json: bool) -> None:
+    """Print the table, the completions, what gave no speed, where the folders are, and what to type next."""
+    begin = time.perf_counter()
+    rungs = read_ladder(ladder)
+    from pumice.hub.folder import check_target
+
+    folder = {name: Path(out) / f"{name}-{rungs[0]:g}" for name in ("griffin", "wanda")}
+    for target in folder.values():
+        check_target(target)
+    note.print("pumice demo: SmolLM2-135M-Instruct, dense beside four kinds of sparse. About 4 minutes on 2 cores.")
+    loaded, _ = verbs.open_model("smollm2")
+    windows, prompt_ids, dense, first_rows = _dense(loaded)
+    note.print(f"[{time.perf_counter() - begin:.0f} s] first figure: {_first(dense)}")
+    rows, kept = list(first_rows), {}
+    for sparsity in rungs:
+        plans = {f"{name} {sparsity:g}": _plan(loaded, name, sparsity) for name in METHODS}
+        rung = _rows(loaded, plans, windows, prompt_ids, dense)
+        rows += rung[1:]
+        first_rows[0] = rung[0] if first_rows[0].speed is None else first_rows[0]
+        for row in rung[1:]:
+            note.print(f"[{time.perf_counter() - begin:.0f} s] {_line(row)}")
+        kept = kept or plans
+    rows[0] = _dense_row(first_rows[0], dense[None], "dense")
+    rows.insert(1, _dense_row(None, dense[WINDOW // 2], "dense, second halves"))
+    peer = _llamacpp(loaded)
+    for name, target in folder.items():
+        verbs.write_folder(loaded, kept[f"{name} {rungs[0]:g}"], target)
+    seconds = time.perf_counter() - begin
+    if as_json:
+        return verbs.emit(
+            {
+                "rows": [row.summary() for row in rows],
+                "llama.cpp": peer,
+                "protocol": dense[None].protocol,
+                "folders": {name: str(target) for name, target in folder.items()},
+                "seconds": seconds,
+            }
+        )
+    _print(rows, peer, windows, folder, rungs, seconds)
+
+
+def read_ladder(text: str) -> list[float]:
+    """`0.1,0.3,0.5` -> [0.1, 0.3, 0.5]."""
+    try:
+        rungs = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise PumiceError(f"--sparsity is a list of fractions such as 0.1,0.3,0.5; got {text!r}.") from error
+    for rung in rungs:
+        if not 0 <= rung <= 1:
+            raise PumiceError(f"sparsity is the fraction removed, between 0 and 1; got {rung:g}.")
+    return sorted(set(rungs))
+
+
+def _dense(loaded):
+    from pumice.calib.data import tokens
+    from pumice.eval.perplexity import perplexity
+    from pumice.report.rows import Row
+
+    windows = tokens("builtin", loaded.tokenizer, window=WINDOW, windows=SCORED, split="test", order="sequential")
+    prompt_ids = windows.ids[:1, :64]
+    dense = {None: perplexity(loaded.model, windows, title="perplexity: dense")}
+    return windows, prompt_ids, dense, [Row(name="dense")]
+
+
+def _plan(loaded, name: str, sparsity: float):
+    method = recipe.build(name, {"sparsity": sparsity})
+    text = {"data": "builtin", "windows": CALIBRATION, "window": WINDOW, "seed": 0, "bos": False}
+    return verbs.make_plan(loaded, [method], text)
+
+
+def _rows(loaded, plans, windows, prompt_ids, dense) -> list:
+    from pumice.report.rows import measure_rows
+
+    inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
+
+    def complete(model) -> str:
+        eos = loaded.tokenizer.eos_token_id
+        ids = model.generate(**inputs, max_new_tokens=NEW, do_sample=False, pad_token_id=eos)
+        return loaded.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    return measure_rows(
+        loaded.model, plans, windows=windows, prompt_ids=prompt_ids, dense=dense, complete=complete, new=16, repeats=3
+    )
+
+
+def _dense_row(row, score, name: str):
+    from dataclasses import replace
+
+    from pumice.report.rows import Row
+
+    return replace(row or Row(name=name), name=name, perplexity=score)
+
+
+def _first(dense: dict) -> str:
+    from pumice.report.tables import number
+
+    return f"dense perplexity {number(dense[None].perplexity, dense[None].standard_error)}"
+
+
+def _line(row) -> str:
+    from pumice.report.tables import number
+
+    return (
+        f"{row.name}: sparsity {row.sparsity:.4f}, {row.speedup:.2f}× dense speed, "
+        f"perplexity {number(row.perplexity.perplexity, row.perplexity.standard_error)} "
+        f"(dense {number(row.dense_perplexity)})"
+    )
+
+
+def _llamacpp(loaded) -> dict | None:
+    import torch
+
+    from pumice.eval import llamacpp
+
+    if not llamacpp.available() or loaded.gguf is None:
+        return None
+    note.print("llama.cpp on the same file")
+    return llamacpp.measure(loaded.gguf, PROMPT, new=NEW, threads=torch.get_num_threads())
+
+
+def _print(rows, peer, windows, folder, rungs, seconds: float) -> None:
+    page.print()
+    verbs.print_rows(rows, "SmolLM2-135M-Instruct in fp32")
+    if peer and "error" not in peer:
+        ratio = peer["decode_tokens_per_second"] / rows[0].speed.decode_tokens_per_second
+        page.print(
+            f"llama.cpp on the same Q4_1 file: {peer['decode_tokens_per_second']:.1f} tok/s, {ratio:.2f}× dense "
+            f"here; it reads the 4-bit weights themselves ({peer['file_bytes'] / 1e6:.0f} MB) where torch reads fp32."
+        )
+    elif peer:
+        page.print(f"llama.cpp did not run: {peer['error']}")
+    else:
+        page.print("llama.cpp: not installed (`pip install xllamacpp` adds its row).")
+    page.print(f"\nPerplexity: {windows.describe()}; ± is the standard error over windows. A prompt-level method is")
+    page.print(f"scored on the second half of each window, its first {WINDOW // 2} tokens being the prompt: compare it")
+    page.print(
+        "with the `dense` of its own row. Sparsity is over FFN neurons (griffin, static_topk) or over the weights"
+    )
+    page.print("of the pruned matrices (wanda, magnitude): not the same thing, which is why bytes stand beside it.")
+    page.print(f"\n[bold]{PROMPT}[/bold] …")
+    for row in rows:
+        if row.text:
+            page.print(f"  {row.name:16} {' '.join(row.text.split())}", markup=False)
+    page.print(f"\nSparse model folders ({rungs[0]:g}, the gentlest rung): {', '.join(map(str, folder.values()))}")
+    page.print("Next:")
+    page.print(f"  pumice generate {folder['griffin']} --prompt 'Once upon a time'")
+    page.print(f"  pumice inspect {folder['wanda']}")
+    page.print("  pumice bench smollm2 --method griffin --sparsity 0.5")
+    page.print("  pumice sparsify YOUR_MODEL --method wanda --sparsity 0.5 --out DIR")
+    page.print(f"\n{seconds:.0f} s in all.")

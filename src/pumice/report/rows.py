@@ -1,0 +1,118 @@
+"""Rows: dense and sparse models measured in turn on one machine, the common shape of every table that Pumice prints."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import nn
+
+from pumice import __version__
+from pumice.api import attach
+from pumice.calib.data import Windows
+from pumice.eval.perplexity import Perplexity, perplexity
+from pumice.eval.speed import Speed, bandwidth, compare
+from pumice.plan import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One model: what it is, what it costs, what it still knows, and what it says."""
+
+    name: str
+    sparsity: float | None = None  # achieved, over what `of` names
+    of: str = ""
+    speed: Speed | None = None
+    speedup: float | None = None  # decode, median over dense median in the same run
+    bound: float | None = None  # what the bytes alone would allow
+    perplexity: Perplexity | None = None
+    dense_perplexity: float | None = None  # of the same positions
+    exec: str = "dense"
+    text: str = ""
+
+    def summary(self) -> dict:
+        data = {k: v for k, v in vars(self).items() if k not in ("speed", "perplexity")}
+        data["perplexity"] = self.perplexity.summary() if self.perplexity else None
+        return data | {"speed": asdict(self.speed) if self.speed else None}
+
+
+def measure_rows(
+    model: nn.Module,
+    plans: dict[str, Plan],
+    *,
+    windows: Windows | None,
+    prompt_ids: torch.Tensor,
+    dense: dict[int | None, Perplexity],
+    complete: Callable[[nn.Module], str] | None = None,
+    new: int = 16,
+    repeats: int = 3,
+    exec: str = "fast",
+) -> list[Row]:
+    """One row for dense, then one for each plan, all timed in turn; `dense` keeps dense perplexities by prompt."""
+    twins = {name: attach(model, plan, exec=exec) for name, plan in plans.items()}
+    speeds = compare({"dense": model, **twins}, prompt_ids, new=new, repeats=repeats)
+    rows = [Row(name="dense", speed=speeds["dense"], speedup=1.0, text=complete(model) if complete else "")]
+    for name, plan in plans.items():
+        prompt = windows.ids.shape[1] // 2 if windows is not None and plan.select else None
+        if windows is not None and prompt not in dense:
+            dense[prompt] = perplexity(model, windows, prompt=prompt, title="perplexity: dense")
+        scored = windows is not None
+        twin = twins.pop(name)
+        rows.append(
+            Row(
+                name=name,
+                sparsity=plan.sparsity(),
+                of=budget_of(plan),
+                speed=speeds[name],
+                speedup=speeds["dense"].decode_ms / speeds[name].decode_ms,
+                bound=speeds["dense"].effective_bytes / speeds[name].effective_bytes,
+                perplexity=perplexity(twin, windows, prompt=prompt, title=f"perplexity: {name}") if scored else None,
+                dense_perplexity=dense[prompt].perplexity if scored else None,
+                exec=how(twin),
+                text=complete(twin) if complete else "",
+            )
+        )
+    return rows
+
+
+def budget_of(plan: Plan) -> str:
+    """What the sparsity is a fraction of."""
+    if plan.weights and plan.select:
+        return "masked weights, then neurons"
+    return "weights of the pruned matrices" if plan.weights else "FFN neurons, per generated token"
+
+
+def how(twin: nn.Module) -> str:
+    """How a plan ran: gathered (smaller dense matrices), masked (dense work, then zeros), or dense storage."""
+    selections = twin.pumice.selections.values()
+    if not selections:
+        return "dense storage"
+    gathered = sum(bool(selection.gathered) for selection in selections)
+    return "gathered" if gathered == len(selections) else "masked" if not gathered else "partly gathered"
+
+
+def machine() -> dict:
+    """What the figures were measured on."""
+    return {
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "read_bandwidth_GBps": round(bandwidth() / 1e9, 1),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": __import__("importlib.metadata").metadata.version("transformers"),
+        "pumice": __version__,
+        "os": platform.platform(terse=True),
+    }
+
+
+def _cpu() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            name = next(line.partition(":")[2].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores"
