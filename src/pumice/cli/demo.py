@@ -19,29 +19,34 @@ def demo(ladder: str, out: str, as_json: bool) -> None:
     """Print the table, the completions, what gave no speed, where the folders are, and what to type next."""
     begin = time.perf_counter()
     rungs = read_ladder(ladder)
+    folders = {name: Path(out) / f"{name}-{rungs[0]:g}" for name in ("griffin", "wanda")}
+    from pumice.calib.data import tokens
+    from pumice.eval.perplexity import perplexity
     from pumice.hub.folder import check_target
+    from pumice.report.tables import number
 
-    folder = {name: Path(out) / f"{name}-{rungs[0]:g}" for name in ("griffin", "wanda")}
-    for target in folder.values():
-        check_target(target)
-    note.print("pumice demo: SmolLM2-135M-Instruct, dense beside four kinds of sparse. About 4 minutes on 2 cores.")
+    for folder in folders.values():
+        check_target(folder)
+
+    def say(line: str) -> None:
+        note.print(f"[{time.perf_counter() - begin:.0f} s] {line}", markup=False)
+
+    say("SmolLM2-135M-Instruct, dense beside four kinds of sparse. About 5 minutes on 2 cores.")
     loaded, _ = verbs.open_model("smollm2")
-    windows, prompt_ids, dense, first_rows = _dense(loaded)
-    note.print(f"[{time.perf_counter() - begin:.0f} s] first figure: {_first(dense)}")
-    rows, kept = list(first_rows), {}
+    windows = tokens("builtin", loaded.tokenizer, window=WINDOW, windows=SCORED, split="test", order="sequential")
+    dense = {None: perplexity(loaded.model, windows, title="perplexity: dense")}
+    say(f"dense perplexity {number(dense[None].perplexity, dense[None].standard_error)}")
+    rows = []
     for sparsity in rungs:
         plans = {f"{name} {sparsity:g}": _plan(loaded, name, sparsity) for name in METHODS}
-        rung = _rows(loaded, plans, windows, prompt_ids, dense)
-        rows += rung[1:]
-        first_rows[0] = rung[0] if first_rows[0].speed is None else first_rows[0]
-        for row in rung[1:]:
-            note.print(f"[{time.perf_counter() - begin:.0f} s] {_line(row)}")
-        kept = kept or plans
-    rows[0] = _dense_row(first_rows[0], dense[None], "dense")
-    rows.insert(1, _dense_row(None, dense[WINDOW // 2], "dense, second halves"))
+        rung = _rung(loaded, plans, windows, dense)
+        rows += rung if not rows else [row for row in rung if row.sparsity is not None]
+        for row in rung[-len(plans) :]:
+            say(_line(row))
+        if sparsity == rungs[0]:
+            for name, folder in folders.items():
+                verbs.write_folder(loaded, plans[f"{name} {sparsity:g}"], folder)
     peer = _llamacpp(loaded)
-    for name, target in folder.items():
-        verbs.write_folder(loaded, kept[f"{name} {rungs[0]:g}"], target)
     seconds = time.perf_counter() - begin
     if as_json:
         return verbs.emit(
@@ -49,11 +54,11 @@ def demo(ladder: str, out: str, as_json: bool) -> None:
                 "rows": [row.summary() for row in rows],
                 "llama.cpp": peer,
                 "protocol": dense[None].protocol,
-                "folders": {name: str(target) for name, target in folder.items()},
+                "folders": {name: str(folder) for name, folder in folders.items()},
                 "seconds": seconds,
             }
         )
-    _print(rows, peer, windows, folder, rungs, seconds)
+    _print(rows, peer, windows, folders, rungs, seconds)
 
 
 def read_ladder(text: str) -> list[float]:
@@ -68,24 +73,13 @@ def read_ladder(text: str) -> list[float]:
     return sorted(set(rungs))
 
 
-def _dense(loaded):
-    from pumice.calib.data import tokens
-    from pumice.eval.perplexity import perplexity
-    from pumice.report.rows import Row
-
-    windows = tokens("builtin", loaded.tokenizer, window=WINDOW, windows=SCORED, split="test", order="sequential")
-    prompt_ids = windows.ids[:1, :64]
-    dense = {None: perplexity(loaded.model, windows, title="perplexity: dense")}
-    return windows, prompt_ids, dense, [Row(name="dense")]
-
-
 def _plan(loaded, name: str, sparsity: float):
     method = recipe.build(name, {"sparsity": sparsity})
     text = {"data": "builtin", "windows": CALIBRATION, "window": WINDOW, "seed": 0, "bos": False}
     return verbs.make_plan(loaded, [method], text)
 
 
-def _rows(loaded, plans, windows, prompt_ids, dense) -> list:
+def _rung(loaded, plans, windows, dense) -> list:
     from pumice.report.rows import measure_rows
 
     inputs = loaded.tokenizer(PROMPT, return_tensors="pt")
@@ -96,22 +90,8 @@ def _rows(loaded, plans, windows, prompt_ids, dense) -> list:
         return loaded.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     return measure_rows(
-        loaded.model, plans, windows=windows, prompt_ids=prompt_ids, dense=dense, complete=complete, new=16, repeats=3
+        loaded.model, plans, windows=windows, prompt_ids=windows.ids[:1, :64], dense=dense, complete=complete
     )
-
-
-def _dense_row(row, score, name: str):
-    from dataclasses import replace
-
-    from pumice.report.rows import Row
-
-    return replace(row or Row(name=name), name=name, perplexity=score)
-
-
-def _first(dense: dict) -> str:
-    from pumice.report.tables import number
-
-    return f"dense perplexity {number(dense[None].perplexity, dense[None].standard_error)}"
 
 
 def _line(row) -> str:
@@ -135,7 +115,7 @@ def _llamacpp(loaded) -> dict | None:
     return llamacpp.measure(loaded.gguf, PROMPT, new=NEW, threads=torch.get_num_threads())
 
 
-def _print(rows, peer, windows, folder, rungs, seconds: float) -> None:
+def _print(rows, peer, windows, folders, rungs, seconds: float) -> None:
     page.print()
     verbs.print_rows(rows, "SmolLM2-135M-Instruct in fp32")
     if peer and "error" not in peer:
@@ -158,10 +138,10 @@ def _print(rows, peer, windows, folder, rungs, seconds: float) -> None:
     for row in rows:
         if row.text:
             page.print(f"  {row.name:16} {' '.join(row.text.split())}", markup=False)
-    page.print(f"\nSparse model folders ({rungs[0]:g}, the gentlest rung): {', '.join(map(str, folder.values()))}")
+    page.print(f"\nSparse model folders ({rungs[0]:g}, the gentlest rung): {', '.join(map(str, folders.values()))}")
     page.print("Next:")
-    page.print(f"  pumice generate {folder['griffin']} --prompt 'Once upon a time'")
-    page.print(f"  pumice inspect {folder['wanda']}")
+    page.print(f"  pumice generate {folders['griffin']} --prompt 'Once upon a time'")
+    page.print(f"  pumice inspect {folders['wanda']}")
     page.print("  pumice bench smollm2 --method griffin --sparsity 0.5")
     page.print("  pumice sparsify YOUR_MODEL --method wanda --sparsity 0.5 --out DIR")
     page.print(f"\n{seconds:.0f} s in all.")

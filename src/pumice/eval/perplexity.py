@@ -81,3 +81,16 @@ def combine(losses: list[float], tokens: int, protocol: dict) -> Perplexity:
     value = math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.nan
     error = value * math.sqrt(variance / n) if n > 1 else math.nan
     return Perplexity(perplexity=value, standard_error=error, losses=tuple(losses), tokens=tokens, protocol=protocol)
+
+
+def paired_ratio(
+    one: Perplexity, other: Perplexity, *, draws: int = 10_000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Perplexity of `one` over that of `other` on the same windows, with a 95 % interval by paired bootstrap."""
+    if len(one.losses) != len(other.losses):
+        raise PumiceError(f"paired windows are needed; got {len(one.losses)} and {len(other.losses)}.")
+    difference = torch.tensor(one.losses, dtype=torch.float64) - torch.tensor(other.losses, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    picks = torch.randint(len(difference), (draws, len(difference)), generator=generator)
+    low, high = difference[picks].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).exp().tolist()
+    return math.exp(difference.mean().item()), low, high

@@ -17,6 +17,7 @@ from pumice.disk import cache_dir, write
 SPREAD = 96 << 20  # bytes that the timed matrices cover together, so that no cache holds them between two calls
 
 
+@cache
 def gather_pays(d: int, units: int, kept: int, matrices: int, rows: int, dtype: torch.dtype, device: str) -> bool:
     """Whether an FFN of `kept` of `units` neurons runs faster than the dense one, for `rows` tokens at once."""
     if kept == units:

@@ -51,16 +51,27 @@ def measure_rows(
     repeats: int = 3,
     exec: str = "fast",
 ) -> list[Row]:
-    """One row for dense, then one for each plan, all timed in turn; `dense` keeps dense perplexities by prompt."""
+    """Rows of dense and of each plan, timed in turn; without `windows` no perplexity.
+
+    A plan that selects per prompt is scored on the second half of each window, and so dense has a second row.
+    `dense` keeps dense perplexities by prompt length from one call to the next.
+    """
     twins = {name: attach(model, plan, exec=exec) for name, plan in plans.items()}
     speeds = compare({"dense": model, **twins}, prompt_ids, new=new, repeats=repeats)
-    rows = [Row(name="dense", speed=speeds["dense"], speedup=1.0, text=complete(model) if complete else "")]
+
+    def score(runner: nn.Module, prompt: int | None, title: str) -> Perplexity | None:
+        return None if windows is None else perplexity(runner, windows, prompt=prompt, title=f"perplexity: {title}")
+
+    prompts = {
+        name: windows.ids.shape[1] // 2 if windows is not None and p.select else None for name, p in plans.items()
+    }
+    for prompt in {None, *prompts.values()} - dense.keys():
+        dense[prompt] = score(model, prompt, "dense")
+    text = complete(model) if complete else ""
+    rows = [Row(name="dense", speed=speeds["dense"], speedup=1.0, perplexity=dense[None], text=text)]
+    rows += [Row(name="dense, 2nd half", perplexity=dense[prompt]) for prompt in set(prompts.values()) - {None}]
     for name, plan in plans.items():
-        prompt = windows.ids.shape[1] // 2 if windows is not None and plan.select else None
-        if windows is not None and prompt not in dense:
-            dense[prompt] = perplexity(model, windows, prompt=prompt, title="perplexity: dense")
-        scored = windows is not None
-        twin = twins.pop(name)
+        twin, base = twins.pop(name), dense[prompts[name]]
         rows.append(
             Row(
                 name=name,
@@ -69,8 +80,8 @@ def measure_rows(
                 speed=speeds[name],
                 speedup=speeds["dense"].decode_ms / speeds[name].decode_ms,
                 bound=speeds["dense"].effective_bytes / speeds[name].effective_bytes,
-                perplexity=perplexity(twin, windows, prompt=prompt, title=f"perplexity: {name}") if scored else None,
-                dense_perplexity=dense[prompt].perplexity if scored else None,
+                perplexity=score(twin, prompts[name], name),
+                dense_perplexity=base.perplexity if base else None,
                 exec=how(twin),
                 text=complete(twin) if complete else "",
             )

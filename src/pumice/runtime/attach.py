@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from pumice.arch.detect import Arch, detect
 from pumice.errors import PumiceError
 from pumice.forms import Mask, Slim
-from pumice.kernels.select import gather_pays
 from pumice.plan import Plan, fingerprint_model
 from pumice.runtime.modules import Selection, splice_experts, splice_select, splice_slim
 from pumice.runtime.state import State, follow, past_length, state_of
@@ -45,13 +44,6 @@ class Runtime:
     @property
     def fast(self) -> bool:
         return self.exec == "fast"
-
-    def worth_gathering(self, site: Site, kept: int, x: Tensor) -> bool:
-        if self.kernels == "always":
-            return kept < site.units
-        matrix = site.matrix(site.out_role)
-        rows = x.numel() // x.shape[-1]
-        return gather_pays(matrix.shape[0], site.units, kept, len(site.parts), rows, matrix.dtype, matrix.device.type)
 
     @contextmanager
     def phase(self, prompt: int | Tensor | None, mask: Tensor | None = None) -> Iterator[None]:

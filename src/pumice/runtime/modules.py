@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pumice.arch.experts import expert_forward
 from pumice.forms import Select, Slim, drop
 from pumice.kernels.gather import Gathered, gather_in, gather_out
+from pumice.kernels.select import gather_pays
 from pumice.runtime.counters import Counter
 from pumice.runtime.state import SiteState
 from pumice.runtime.step import Step
@@ -43,6 +44,9 @@ class Selection:
     chosen: Tensor | None = None  # the set that `gathered` holds
     gathered: dict[str, Gathered] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.consumer = self.site.matrix(self.site.out_role)  # [out, units·width]
+
     # ---- choosing ---------------------------------------------------------------------------------------------------
 
     def state(self, step: Step, device: torch.device) -> SiteState:
@@ -55,6 +59,8 @@ class Selection:
 
     def observe(self, activations: Tensor, step: Step) -> None:
         """Add the prompt tokens of [B, T, units·width] to the running statistic; the old choice is void."""
+        self.chosen = None
+        self.gathered.clear()
         state = self.state(step, activations.device)
         counts = step.stat.to(activations.device, torch.float32)
         state.statistic = state.statistic + self.form.statistic(activations, counts)
@@ -79,11 +85,17 @@ class Selection:
             return False
         self.live(step, x.device)
         one_set = step.state.sites[self.site.name].one_set
-        if one_set is None or not self.runtime.worth_gathering(self.site, len(one_set), x):
+        if one_set is None or not self.worth_gathering(len(one_set), x):
             return False
         if self.chosen is not one_set:
             self.gather(one_set)
         return True
+
+    def worth_gathering(self, kept: int, x: Tensor) -> bool:
+        if self.runtime.kernels == "always":
+            return kept < self.form.units
+        d, rows = self.consumer.shape[0], x.numel() // x.shape[-1]
+        return gather_pays(d, self.form.units, kept, len(self.site.parts), rows, x.dtype, x.device.type)
 
     def gather(self, units: Tensor) -> None:
         """Copy the rows and columns of `units`, once per prompt; the copy before is freed first."""
@@ -131,7 +143,7 @@ def splice_select(selection: Selection, get: Callable[[str], nn.Module]) -> dict
 
     def out_forward(dense: Callable) -> Callable:
         def forward(a: Tensor, *args, **kwargs) -> Tensor:
-            if a.shape[-1] != selection.site.matrix(selection.site.out_role).shape[1]:
+            if a.shape[-1] != selection.consumer.shape[1]:
                 selection.count(selection.runtime.step, "fast", selection.live(selection.runtime.step, a.device))
                 return selection.gathered[out_name](a)
             return dense(selection.edit(a), *args, **kwargs)
