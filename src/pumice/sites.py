@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 Kind = Literal["linear", "ffn", "heads", "experts"]
@@ -116,7 +115,3 @@ def owner(parameter: str) -> tuple[str, str]:
     """`model.layers.0.mlp.up_proj.weight` -> (`model.layers.0.mlp.up_proj`, `weight`)."""
     module, _, name = parameter.rpartition(".")
     return module, name
-
-
-def storage_bytes(tensor: torch.Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pumice.sites import storage_bytes
-
 
 @dataclass(frozen=True)
 class Store:
@@ -21,4 +19,4 @@ class Store:
 
     @property
     def bytes(self) -> int:
-        return storage_bytes(self.tensor)
+        return self.tensor.numel() * self.tensor.element_size()

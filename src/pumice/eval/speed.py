@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pumice.arch.detect import Arch, detect
-from pumice.sites import storage_bytes
+from pumice.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ def _gathered(model: nn.Module) -> dict[str, int]:
     for selection in runtime.selections.values() if runtime is not None else ():
         for part in selection.site.parts.values():
             if part.module in selection.gathered:
-                sizes[part.view.parameter] = storage_bytes(selection.gathered[part.module].weight)
+                sizes[part.view.parameter] = Store(selection.gathered[part.module].weight).bytes
     return sizes
 
 
@@ -129,11 +129,11 @@ def _tables(model: nn.Module) -> set[str]:
 
 def _read(name: str, parameter: Tensor, tables: set[str], model: nn.Module, arch: Arch) -> int:
     if name in tables:
-        return storage_bytes(parameter[:1])
+        return Store(parameter[:1]).bytes
     if parameter.dim() == 3 and any(s.expert is not None and name in _parameters(s) for s in arch.sites.values()):
         active = getattr(model.config.get_text_config(), "num_experts_per_tok", parameter.shape[0])
-        return storage_bytes(parameter[:1]) * min(active or parameter.shape[0], parameter.shape[0])
-    return storage_bytes(parameter)
+        return Store(parameter[:1]).bytes * min(active or parameter.shape[0], parameter.shape[0])
+    return Store(parameter).bytes
 
 
 def _parameters(site) -> set[str]:
@@ -160,4 +160,4 @@ def bandwidth(megabytes: int = 256, repeats: int = 7) -> float:
         start = time.perf_counter()
         x.sum()
         times.append(time.perf_counter() - start)
-    return storage_bytes(x) / statistics.median(times)
+    return Store(x).bytes / statistics.median(times)
