@@ -17,7 +17,7 @@ from pumice.errors import PumiceError
 
 def removed(n: int, sparsity: float) -> int:
     """How many of `n` entries a sparsity removes: floor(n·s), where 0.29·100 is 29 and not 28.999…"""
-    return int(n * sparsity + 1e-9)
+    return int(n * sparsity + max(1e-9, n * 1e-15))  # a product of doubles is short by up to n·2e-16
 
 
 def drop_lowest(score: Tensor, k: int) -> Tensor:
@@ -56,12 +56,16 @@ class NM:
     n: int
     m: int
 
-    def keep(self, score: Tensor, sparsity: float) -> Tensor:
-        if abs(sparsity - (1 - self.n / self.m)) > 1e-6:
+    def check(self, sparsity: float) -> None:
+        exact = 1 - self.n / self.m
+        if abs(sparsity - exact) > 1e-6:
             raise PumiceError(
-                f"pattern {self} removes exactly {1 - self.n / self.m:.4g}; sparsity {sparsity} contradicts it. "
-                f"Leave one of the two out."
+                f"pattern {self} removes exactly {exact:.4g}; sparsity {sparsity} contradicts it. "
+                f"Give sparsity={exact:.4g}, or in a recipe leave one of the two out."
             )
+
+    def keep(self, score: Tensor, sparsity: float) -> Tensor:
+        self.check(sparsity)
         rows, columns = score.shape
         whole = columns - columns % self.m
         groups = drop_lowest(score[:, :whole].reshape(rows, -1, self.m), self.m - self.n)
@@ -75,10 +79,15 @@ class NM:
 Pattern = Row | Free | NM
 
 
-def parse_pattern(text: str | Pattern) -> Pattern:
-    """`row`, `free` or `N:M` (N kept of M)."""
-    if isinstance(text, Pattern):
-        return text
+def parse_pattern(text: str | Pattern, sparsity: float | None = None) -> Pattern:
+    """`row`, `free` or `N:M` (N kept of M), which refuses a `sparsity` that contradicts it."""
+    pattern = text if isinstance(text, Pattern) else _parse(text)
+    if sparsity is not None and isinstance(pattern, NM):
+        pattern.check(sparsity)
+    return pattern
+
+
+def _parse(text: str) -> Pattern:
     if text == "row":
         return Row()
     if text == "free":

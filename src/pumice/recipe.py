@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,9 @@ def build(name: str, settings: dict[str, Any]) -> Any:
     for key in settings:
         if key not in known:
             raise unknown(f"setting of {name}", key, known)
-    pattern = str(settings.get("pattern", ""))
-    if ":" in pattern and "sparsity" in known and "sparsity" not in settings:
-        kept, _, of = pattern.partition(":")
-        settings = {**settings, "sparsity": 1 - int(kept) / int(of)} if kept.isdigit() and of.isdigit() else settings
+    match = re.fullmatch(r"(\d+):(\d+)", str(settings.get("pattern", "")))
+    if match and 0 < int(match[1]) < int(match[2]) and "sparsity" in known and "sparsity" not in settings:
+        settings = {**settings, "sparsity": 1 - int(match[1]) / int(match[2])}
     return cls(**{key: _read(f"{name}.{key}", value, known[key]) for key, value in settings.items()})
 
 

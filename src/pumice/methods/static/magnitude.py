@@ -17,7 +17,7 @@ class Magnitude:
     pattern: Pattern | str = Row()
 
     def __post_init__(self):
-        object.__setattr__(self, "pattern", parse_pattern(self.pattern))
+        object.__setattr__(self, "pattern", parse_pattern(self.pattern, self.sparsity))
 
     def solve(self, site: Site, stats: SiteStats) -> Mask:
         return Mask.keeping(self.pattern.keep(site.weight.abs(), self.sparsity), self.pattern)

@@ -18,7 +18,7 @@ class Wanda:
     needs = (ColumnNorm,)
 
     def __post_init__(self):
-        object.__setattr__(self, "pattern", parse_pattern(self.pattern))
+        object.__setattr__(self, "pattern", parse_pattern(self.pattern, self.sparsity))
 
     def solve(self, site: Site, stats: SiteStats) -> Mask:
         score = site.weight.abs() * stats[ColumnNorm]  # [out, in] * [in]
