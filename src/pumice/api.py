@@ -8,9 +8,10 @@ with plan.applied(model):
 from __future__ import annotations
 
 import fnmatch
+import json
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from pumice.calib.data import Windows, tokens
 from pumice.calib.journal import Journal
 from pumice.calib.stats import SiteStats
 from pumice.calib.stream import Source, stream, verify
-from pumice.disk import cache_dir
+from pumice.disk import cache_dir, write
 from pumice.errors import PumiceError
 from pumice.forms import Form, Mask, Slim
 from pumice.hub.save import ShardWriter
@@ -104,41 +105,50 @@ def sparsify_folder(
 
     One weight-pruning method. Shards of `out` are written as blocks are done; a killed run goes on where it was.
     """
-    (one,) = recipe.read(method) if len(recipe.read(method)) == 1 else (None,)
-    if one is None:
+    one, *more = recipe.read(method)
+    if more:
         raise PumiceError("a model larger than memory takes one method at a time; run the recipe's entries in turn.")
     source = Shards(folder)
     text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos) if one.needs else None
     writer = ShardWriter(folder, out, run=str((recipe.describe(one), text.protocol if text else None)))
     journal = Journal(writer.partial)  # beside the shards it speaks of, so that neither is found without the other
-    watched = _Digesting(source)
+    watched = _Digesting(source, journal.folder / "digests.json")
+    watched.load_rest()
+    watched.release_rest()
 
     def done(block: Block, forms: dict[str, Form]) -> None:
         tensors = {f"{block.name}.{key}": p.detach() for key, p in block.module.named_parameters()}
         writer.write(f"block-{block.index:05d}", source.reverse(tensors))
+        watched.note("applied", tensors.items())
 
     plan = _solve(source.model, one, text, watched, {"name": str(folder)}, journal, done=done)
     if plan.select:
         raise PumiceError(f"{one.name} changes no weights; save its plan beside the model instead of a new folder.")
-    plan = replace(plan, base={**plan.base, "fingerprint": watched.fingerprint(detect(source.model))})
+    plan = replace(plan, base={**plan.base, **watched.fingerprints()})
     journal.finish()
     writer.finish(plan)
     return plan
 
 
 class _Digesting:
-    """A source that takes a digest of every parameter as it comes in, for the fingerprint of a model never whole."""
+    """A source that takes digests of the parameters that pass, for the fingerprints of a model that is never whole.
 
-    def __init__(self, source: Shards) -> None:
-        self.source, self.digests = source, {}
+    They are kept in a file beside the journal, since a resumed run does not see the first blocks again.
+    """
+
+    def __init__(self, source: Shards, path: Path) -> None:
+        self.source, self.path = source, path
+        self.digests = json.loads(path.read_text()) if path.exists() else {"fingerprint": {}, "applied": {}}
 
     def load_rest(self) -> None:
         self.source.load_rest()
-        self._note(self.source.model.named_parameters())
+        rest = [(key, p) for key, p in self.source.model.named_parameters() if not p.is_meta]
+        self.note("fingerprint", rest)
+        self.note("applied", rest)
 
     def load(self, block: nn.Module, name: str) -> None:
         self.source.load(block, name)
-        self._note((f"{name}.{key}", p) for key, p in block.named_parameters())
+        self.note("fingerprint", ((f"{name}.{key}", p) for key, p in block.named_parameters()))
 
     def release_rest(self) -> None:
         self.source.release_rest()
@@ -146,21 +156,13 @@ class _Digesting:
     def release(self, block: nn.Module, name: str) -> None:
         self.source.release(block, name)
 
-    def _note(self, parameters) -> None:
-        found = {key: tensor_digest(key, p) for key, p in parameters if not p.is_meta and key not in self.digests}
-        self.digests |= found
+    def note(self, which: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        self.digests[which] |= {key: tensor_digest(key, tensor).hex() for key, tensor in parameters}
+        write(self.path, lambda path: path.write_text(json.dumps(self.digests)))
 
-    def fingerprint(self, arch: Arch) -> str:
-        """Of all parameters; what a resumed run has not loaded is loaded now."""
-        missing = {key for key, _ in self.source.model.named_parameters()} - self.digests.keys()
-        for block in arch.blocks:
-            if any(key.startswith(f"{block.name}.") for key in missing):
-                self.load(block.module, block.name)
-                self.release(block.module, block.name)
-        if any(not any(key.startswith(f"{block.name}.") for block in arch.blocks) for key in missing):
-            self.load_rest()
-            self.release_rest()
-        return fingerprint(self.digests.values())
+    def fingerprints(self) -> dict[str, str]:
+        """Of the base, and of the weights that were written."""
+        return {which: fingerprint(map(bytes.fromhex, found.values())) for which, found in self.digests.items()}
 
 
 def _solve(model, method, text: Windows | None, source: Source, base: dict, journal, *, done=None, check=False) -> Plan:

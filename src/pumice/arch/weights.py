@@ -40,7 +40,7 @@ class Loans(ABC):
 
     def load_rest(self) -> None:
         """Lend everything outside the decoder blocks: embeddings, norms, head."""
-        prefix, _ = decoder_blocks(self.model)
+        prefix, *_ = decoder_blocks(self.model)
         self._lend(REST, [slot for slot in slots(self.model) if not slot[0].startswith(f"{prefix}.")])
 
     def release_rest(self) -> None:
