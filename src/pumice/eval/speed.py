@@ -69,6 +69,7 @@ def compare(models: dict[str, nn.Module], prompt: Tensor, *, new: int = 32, repe
 def _run(model: nn.Module, prompt: Tensor, new: int) -> tuple[float, list[float]]:
     """Seconds of the prefill, and of each decoded token (its pick included; the first gathers and is left out)."""
     runtime = getattr(model, "pumice", None)
+    prompt = prompt.to(model.device)
     with runtime.phase(prompt.shape[1]) if runtime is not None else nullcontext():
         start = time.perf_counter()
         out = model(prompt, use_cache=True)
