@@ -1,4 +1,4 @@
-"""One thread (tiny models gain nothing from more, and results stay the same bits), and a cache folder of the run's own."""
+"""One thread (tiny models gain nothing from more, and results stay the same bits) and a cache of the run's own."""
 
 import os
 

@@ -206,7 +206,10 @@ def _journal(method, text: Windows | None, base: dict, before: list) -> Journal:
 def choose_sites(arch: Arch, method: Any) -> list[Site]:
     """The sites that a method decides: of its kinds, and matching its `where`; parts of the model left out are said."""
     where = method.where
-    match = re.compile(where[3:]).search if where.startswith("re:") else lambda n: fnmatch.fnmatch(n, where)
+    try:
+        match = re.compile(where[3:]).search if where.startswith("re:") else lambda n: fnmatch.fnmatch(n, where)
+    except re.error as error:
+        raise PumiceError(f"{method.name}: where={where!r} is no valid regular expression: {error}.") from error
     kind = [site for site in arch.sites.values() if site.kind in method.kinds]
     sites = [site for site in kind if match(site.name)]
     if not sites:

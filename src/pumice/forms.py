@@ -116,7 +116,9 @@ class RankFusion:
     eps: float = 1e-6
 
     def of(self, statistic: Tensor, count: Tensor) -> Tensor:
-        return (1 - self.weight) * _rank(statistic) + self.weight * _rank(self.values.to(statistic))
+        steady = _rank(self.values.to(statistic))
+        fused = (1 - self.weight) * _rank(statistic) + self.weight * steady
+        return torch.where((count > 0)[:, None], fused, steady)  # no token seen: the calibrated order alone
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -186,7 +188,7 @@ class Select:
 
     def statistic(self, activations: Tensor, counts: Tensor) -> Tensor:
         """Σ_t (z_tj/(‖z_t‖+ε))² over the counted tokens, fp32: [B, T, units·width], [B, T] -> [B, units]."""
-        z = activations.float()
+        z = activations.float().masked_fill((counts == 0)[..., None], 0)  # padding may hold anything, NaN too
         z = z / (z.norm(dim=-1, keepdim=True) + self.score.eps)
         squares = z.square() * counts[..., None]
         return squares.sum(1).unflatten(-1, (self.units, -1)).sum(-1)

@@ -61,11 +61,6 @@ def stream(
     chosen: dict[int, list[Site]] = {}
     for site in sites:
         chosen.setdefault(site.block, []).append(site)
-    with quiet(model):  # in evaluation mode: dropout would be measured too
-        return _stream(model, arch, windows, source, solve, chosen, needs, journal, done, title)
-
-
-def _stream(model, arch, windows, source, solve, chosen, needs, journal, done, title) -> dict[str, Form]:
     replays = _start(model, arch, windows, source) if needs else None
     forms: dict[str, Form] = {}
     first = 0
@@ -73,10 +68,11 @@ def _stream(model, arch, windows, source, solve, chosen, needs, journal, done, t
         forms, first, hidden = journal.resume()
         if replays is not None and first:
             replays.hidden = [state.to(replays.valid.device) for state in hidden]
-    left = arch.blocks[first:]
-    bar = tqdm(desc=title, unit="block", initial=first, total=len(arch.blocks), disable=None if left else True)
-    with bar:
-        for block in left:
+    if first == len(arch.blocks):
+        return forms
+    bar = tqdm(desc=title, unit="block", initial=first, total=len(arch.blocks))
+    with bar, quiet(model):  # in evaluation mode: dropout would be measured too
+        for block in arch.blocks[first:]:
             source.load(block.module, block.name)
             try:
                 solved = _one_block(block, chosen.get(block.index, []), needs, replays, solve)
