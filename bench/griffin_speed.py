@@ -28,7 +28,7 @@ def main() -> None:
     for run in runs:
         share = (run["speedup"] - 1) / (run["bytes_bound"] - 1) if run["bytes_bound"] > 1 else float("nan")
         print(
-            f"{run['dtype']:9} sparsity {run['sparsity']:.4f}  {run['exec']:8} {run['speedup']:.2f}× measured, "
+            f"{run['dtype']:9} sparsity {run['sparsity']:.4f}  {run['ran']:8} {run['speedup']:.2f}× measured, "
             f"{run['bytes_bound']:.2f}× by bytes ({share:.0%} of the gain)"
         )
 

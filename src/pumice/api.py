@@ -100,33 +100,39 @@ def sparsify_folder(
     window: int = 512,
     seed: int = 0,
     bos: bool = False,
+    name: str | None = None,
+    resume: bool = True,
 ) -> Plan:
     """Prune a model larger than memory from its safetensors shards into `out`, one block resident at a time.
 
-    One weight-pruning method. Shards of `out` are written as blocks are done; a killed run goes on where it was.
+    One weight-pruning method. Shards of `out` are written as blocks are done; a run that was killed or failed goes on
+    where it was (`resume=False` to restart). `name` is the base as the plan names it; default: the folder.
     """
     one, *more = recipe.read(method)
     if more:
         raise PumiceError("a model larger than memory takes one method at a time; run the recipe's entries in turn.")
     source = Shards(folder)
     text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos) if one.needs else None
-    writer = ShardWriter(folder, out, run=str((recipe.describe(one), text.protocol if text else None)))
+    run = str((recipe.describe(one), text.protocol if text else None))
+    writer = ShardWriter(folder, out, run=run, resume=resume)
     journal = Journal(writer.partial)  # beside the shards it speaks of, so that neither is found without the other
     watched = _Digesting(source, journal.folder / "digests.json")
-    watched.load_rest()
-    watched.release_rest()
 
     def done(block: Block, forms: dict[str, Form]) -> None:
+        if any(not isinstance(form, Mask) for form in forms.values()):
+            raise PumiceError(f"{one.name} changes no weights, so there is nothing to stream; run it without --stream.")
         tensors = {f"{block.name}.{key}": p.detach() for key, p in block.module.named_parameters()}
         writer.write(f"block-{block.index:05d}", source.reverse(tensors))
         watched.note("applied", tensors.items())
 
-    plan = _solve(source.model, one, text, watched, {"name": str(folder)}, journal, done=done)
-    if plan.select:
-        raise PumiceError(f"{one.name} changes no weights; save its plan beside the model instead of a new folder.")
-    plan = replace(plan, base={**plan.base, **watched.fingerprints()})
-    journal.finish()
-    writer.finish(plan)
+    with writer.kept_if_begun():
+        watched.load_rest()
+        watched.release_rest()
+        plan = _solve(source.model, one, text, watched, {"name": name or str(folder)}, journal, done=done)
+        plan = replace(plan, base={**plan.base, **watched.fingerprints()})
+        writer.fill(plan)
+        journal.finish()  # only now: a disk that is full above costs no block
+        writer.publish()
     return plan
 
 

@@ -108,7 +108,7 @@ class Plan:
             tensors = load_file(folder / TENSORS)
         except (OSError, SafetensorError) as error:
             raise PumiceError(
-                f"{folder / TENSORS} cannot be read ({error}): truncated or missing. Make the plan again."
+                f"{folder / TENSORS} is truncated or missing ({error}). Make the plan again with `pumice sparsify`."
             ) from error
 
         def get(key: str) -> Tensor:
@@ -118,15 +118,20 @@ class Plan:
                 )
             return tensors[key]
 
-        return cls(
-            weights={name: decode(form, get) for name, form in data["weights"].items()},
-            select={name: decode(form, get) for name, form in data["select"].items()},
-            nets={name: get(key) for name, key in data["nets"].items()},
-            recipe=data["recipe"],
-            calibration=data["calibration"],
-            base=data["base"],
-            measurements=data["measurements"],
-        )
+        try:
+            return cls(
+                weights={name: decode(form, get) for name, form in data["weights"].items()},
+                select={name: decode(form, get) for name, form in data["select"].items()},
+                nets={name: get(key) for name, key in data["nets"].items()},
+                recipe=data["recipe"],
+                calibration=data["calibration"],
+                base=data["base"],
+                measurements=data["measurements"],
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PumiceError(
+                f"{folder / JSON} is damaged: it lacks or misspells {error}. Make it again with `pumice sparsify`."
+            ) from error
 
 
 def read_json(folder: Path) -> dict:

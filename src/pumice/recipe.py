@@ -17,7 +17,7 @@ def build(name: str, settings: dict[str, Any]) -> Any:
     known = {field.name: field for field in fields(cls)}
     for key in settings:
         if key not in known:
-            raise unknown(f"setting of {name}", key, known)
+            raise unknown(f"{name} setting", key, known)
     match = re.fullmatch(r"(\d+):(\d+)", str(settings.get("pattern", "")))
     if match and 0 < int(match[1]) < int(match[2]) and "sparsity" in known and "sparsity" not in settings:
         settings = {**settings, "sparsity": 1 - int(match[1]) / int(match[2])}
@@ -34,7 +34,8 @@ def _read(where: str, value: Any, field) -> Any:
         if isinstance(default, (int, float)):
             return type(default)(value)
     except (ValueError, KeyError) as error:
-        raise PumiceError(f"{where} is a {type(default).__name__}; got {value!r}.") from error
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+        raise PumiceError(f"{where} is {kind}; got {value!r}.") from error
     return value
 
 
@@ -47,15 +48,8 @@ def describe(method: Any) -> dict[str, Any]:
 
 def read(source: str | Path | list | dict | Any) -> list[Any]:
     """Methods from a YAML file, a list, a dict, a name or a method: always a list."""
-    if isinstance(source, (str, Path)) and str(source).endswith((".yaml", ".yml")):
-        import yaml
-
-        try:
-            source = yaml.safe_load(Path(source).read_text())
-        except FileNotFoundError as error:
-            raise PumiceError(f"there is no recipe file {error.filename}.") from error
-        except yaml.YAMLError as error:
-            raise PumiceError(f"the recipe is no valid YAML: {error}") from error
+    if isinstance(source, Path) or (isinstance(source, str) and source.endswith((".yaml", ".yml"))):
+        source = _yaml(Path(source))
     if isinstance(source, list):
         if not source:
             raise PumiceError("the recipe is empty: give a list of `- method: NAME` entries.")
@@ -65,7 +59,34 @@ def read(source: str | Path | list | dict | Any) -> list[Any]:
     if isinstance(source, dict):
         if "method" not in source:
             raise PumiceError(f"a recipe entry needs `method: NAME`; got {source!r}.")
-        return [build(source["method"], {key: value for key, value in source.items() if key != "method"})]
+        return [build(str(source["method"]), {key: value for key, value in source.items() if key != "method"})]
     if hasattr(source, "name") and hasattr(source, "kinds"):
         return [source]
     raise PumiceError(f"a recipe is a YAML file, a list, a dict, a method's name or a method; got {source!r}.")
+
+
+def _yaml(path: Path) -> Any:
+    """What a recipe file says: a list, a dict or a name. `2:4` is a pattern there, not YAML 1.1's 124 seconds."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, regex) for tag, regex in resolvers if tag != "tag:yaml.org,2002:int"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?[0-9]+$"), list("-+0123456789"))
+    try:
+        found = yaml.load(path.read_text(), Loader)
+    except OSError as error:
+        raise PumiceError(f"cannot read the recipe {path}: {error.strerror}. --recipe names a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise PumiceError(f"the recipe {path} is not UTF-8 text. --recipe names a YAML file.") from error
+    except yaml.YAMLError as error:
+        where = f", line {mark.line + 1}" if (mark := getattr(error, "problem_mark", None)) else ""
+        said = getattr(error, "problem", None) or error
+        raise PumiceError(f"the recipe {path}{where} is no valid YAML: {said}.") from error
+    if found is None:
+        raise PumiceError(f"the recipe {path} is empty: give a list of `- method: NAME` entries.")
+    return found

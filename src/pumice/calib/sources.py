@@ -35,12 +35,26 @@ def read(source: str, split: str = "train") -> list[str]:
     return SOURCES[source](split)
 
 
-def _file(where: str) -> list[str]:
-    path, field = Path(where), None
-    if not path.exists() and "#" in where:
+def check(source: str) -> None:
+    """Refuse an unknown source and a file that is not there, without reading any text: before a model is loaded."""
+    if not source.startswith("file:"):
+        if source not in SOURCES:
+            raise unknown("data source", source, [*SOURCES, "file:PATH"])
+    elif not (path := _place(source.removeprefix("file:"))[0]).is_file():
+        why = "it is a folder" if path.is_dir() else "no such file"
+        raise PumiceError(f"cannot read {path}: {why}. Check the path after `file:`.")
+
+
+def _place(where: str) -> tuple[Path, str | None]:
+    """`PATH#field` -> the path and the field; a file whose own name has a `#` is taken as it is."""
+    if not Path(where).expanduser().exists() and "#" in where:
         name, _, field = where.rpartition("#")
-        path = Path(name)
-    path = path.expanduser()
+        return Path(name).expanduser(), field
+    return Path(where).expanduser(), None
+
+
+def _file(where: str) -> list[str]:
+    path, field = _place(where)
     try:
         text = path.read_bytes().decode("utf-8")  # bytes: newlines stay as they are
     except UnicodeDecodeError as error:

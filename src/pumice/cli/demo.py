@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pumice import recipe
 from pumice.cli import verbs
-from pumice.cli.verbs import note, page
+from pumice.cli.given import open_model
+from pumice.cli.say import emit, note, page, print_rows
 from pumice.errors import PumiceError
 
 METHODS = ("griffin", "static_topk", "wanda", "magnitude")
@@ -29,10 +30,10 @@ def demo(ladder: str, out: str, as_json: bool) -> None:
         check_target(folder)
 
     def say(line: str) -> None:
-        note.print(f"[{time.perf_counter() - begin:.0f} s] {line}", markup=False)
+        note.print(f"[{time.perf_counter() - begin:.0f} s] {line}")
 
     say("SmolLM2-135M-Instruct, dense beside four kinds of sparse. About 5 minutes on 2 cores.")
-    loaded, _ = verbs.open_model("smollm2")
+    loaded, _ = open_model("smollm2")
     windows = tokens("builtin", loaded.tokenizer, window=WINDOW, windows=SCORED, split="test", order="sequential")
     dense = {None: perplexity(loaded.model, windows, title="perplexity: dense")}
     say(f"dense perplexity {number(dense[None].perplexity, dense[None].standard_error)}")
@@ -49,7 +50,7 @@ def demo(ladder: str, out: str, as_json: bool) -> None:
     peer = _llamacpp(loaded)
     seconds = time.perf_counter() - begin
     if as_json:
-        return verbs.emit(
+        return emit(
             {
                 "rows": [row.summary() for row in rows],
                 "llama.cpp": peer,
@@ -117,7 +118,7 @@ def _llamacpp(loaded) -> dict | None:
 
 def _print(rows, peer, windows, folders, rungs, seconds: float) -> None:
     page.print()
-    verbs.print_rows(rows, "SmolLM2-135M-Instruct in fp32")
+    print_rows(rows, "SmolLM2-135M-Instruct in fp32")
     if peer and "error" not in peer:
         ratio = peer["decode_tokens_per_second"] / rows[0].speed.decode_tokens_per_second
         page.print(
@@ -134,10 +135,10 @@ def _print(rows, peer, windows, folders, rungs, seconds: float) -> None:
         "with the `dense` of its own row. Sparsity is over FFN neurons (griffin, static_topk) or over the weights"
     )
     page.print("of the pruned matrices (wanda, magnitude): not the same thing, which is why bytes stand beside it.")
-    page.print(f"\n[bold]{PROMPT}[/bold] …")
+    page.print(f"\n{PROMPT} …", style="bold")
     for row in rows:
         if row.text:
-            page.print(f"  {row.name:16} {' '.join(row.text.split())}", markup=False)
+            page.print(f"  {row.name:16} {' '.join(row.text.split())}")
     page.print(f"\nSparse model folders ({rungs[0]:g}, the gentlest rung): {', '.join(map(str, folders.values()))}")
     page.print("Next:")
     page.print(f"  pumice generate {folders['griffin']} --prompt 'Once upon a time'")

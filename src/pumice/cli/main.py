@@ -8,6 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -28,9 +31,9 @@ Model = Annotated[str, typer.Argument(metavar="MODEL", help="hub name, folder, .
 Method = Annotated[str | None, typer.Option(help="a method; its settings follow as flags, such as --sparsity 0.5")]
 Recipe = Annotated[str | None, typer.Option(help="a YAML file with several methods")]
 Data = Annotated[str, typer.Option(help="text: builtin, wikitext2, c4, file:PATH, file:PATH.jsonl#field")]
-Windows = Annotated[int, typer.Option(help="how many windows of text")]
-Window = Annotated[int, typer.Option(help="tokens in a window")]
-Seed = Annotated[int, typer.Option(help="seed of the calibration windows")]
+Windows = Annotated[int, typer.Option(min=1, help="how many windows of text")]
+Window = Annotated[int, typer.Option(min=2, help="tokens in a window")]
+Seed = Annotated[int, typer.Option(help="seed of the calibration windows, and of a method that draws")]
 Bos = Annotated[bool, typer.Option("--bos", help="begin every window with the BOS token")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored")]
 Exec = Annotated[str, typer.Option(help="fast, or reference: the exact form of every method")]
@@ -42,9 +45,11 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 def main(debug: Debug = False) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar in a log file is a line of a thousand returns
 
 
-@app.command()
+@app.command(short_help="Dense beside four kinds of sparse, on SmolLM2-135M.")
 def demo(
     sparsity: Annotated[str, typer.Option(help="the ladder, comma separated")] = "0.1,0.3,0.5",
     out: Annotated[str, typer.Option(help="where the sparse model folders go")] = "pumice-demo",
@@ -56,7 +61,7 @@ def demo(
     demo(sparsity, out, json)
 
 
-@app.command(context_settings=METHOD_FLAGS)
+@app.command(context_settings=METHOD_FLAGS, short_help="Make a model sparse, and measure it beside dense.")
 def sparsify(
     context: typer.Context,
     model: Model,
@@ -76,16 +81,17 @@ def sparsify(
 ) -> None:
     """Make a model sparse, write it as a folder, and measure dense and sparse side by side."""
     from pumice.cli import verbs
+    from pumice.cli.given import methods_from
 
-    steps = verbs.methods_from(method, recipe, context.args)
+    steps = methods_from(method, recipe, context.args, flags=_flags(context), seed=seed)
     text = {"data": data, "windows": windows, "window": window, "seed": seed, "bos": bos}
     if stream:
-        verbs.sparsify_folder(model, steps, out, text, json)
+        verbs.sparsify_folder(model, steps, out, text, dtype=dtype, resume=resume, as_json=json)
     else:
         verbs.sparsify(model, steps, out, text, dtype=dtype, measure=measure, resume=resume, as_json=json)
 
 
-@app.command(name="eval")
+@app.command(name="eval", short_help="Perplexity, with its error and its protocol.")
 def evaluate(
     model: Model,
     data: Data = "builtin",
@@ -93,7 +99,7 @@ def evaluate(
     window: Window = 512,
     bos: Bos = False,
     prompt: Annotated[
-        int | None, typer.Option(help="tokens of each window that are prompt; the rest is scored")
+        int | None, typer.Option(min=1, help="tokens of each window that are prompt; the rest is scored")
     ] = None,
     dtype: Dtype = None,
     exec: Exec = "fast",
@@ -106,7 +112,7 @@ def evaluate(
     verbs.evaluate(model, text, prompt=prompt, dtype=dtype, execution=exec, as_json=json)
 
 
-@app.command(context_settings=METHOD_FLAGS)
+@app.command(context_settings=METHOD_FLAGS, short_help="Speed of dense and sparse, in turn.")
 def bench(
     context: typer.Context,
     model: Model,
@@ -116,17 +122,19 @@ def bench(
     windows: Windows = 16,
     window: Window = 512,
     seed: Seed = 0,
-    prompt: Annotated[int, typer.Option(help="tokens of the prompt")] = 128,
-    new: Annotated[int, typer.Option(help="tokens to decode in each run")] = 64,
-    repeats: Annotated[int, typer.Option(help="runs of each model, in turn")] = 5,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens of the prompt")] = 128,
+    new: Annotated[int, typer.Option(min=1, help="tokens to decode in each run")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="runs of each model, in turn")] = 5,
     dtype: Dtype = None,
     exec: Exec = "fast",
     json: Json = False,
 ) -> None:
     """Speed of dense and sparse in turn: medians, bytes per token, and what the bytes allow."""
     from pumice.cli import verbs
+    from pumice.cli.given import methods_from
 
-    steps = verbs.methods_from(method, recipe, context.args) if method or recipe or context.args else None
+    named = method or recipe or context.args
+    steps = methods_from(method, recipe, context.args, flags=_flags(context), seed=seed) if named else None
     text = {"data": data, "windows": windows, "window": window, "seed": seed, "bos": False}
     verbs.bench(model, steps, text, prompt=prompt, new=new, repeats=repeats, dtype=dtype, execution=exec, as_json=json)
 
@@ -135,7 +143,7 @@ def bench(
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="the text to go on from")] = "The history of the steam engine begins",
-    new: Annotated[int, typer.Option(help="tokens to generate")] = 64,
+    new: Annotated[int, typer.Option(min=1, help="tokens to generate")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="sample instead of greedy")] = False,
     seed: Seed = 0,
     dtype: Dtype = None,
@@ -151,20 +159,23 @@ def generate(
 @app.command()
 def inspect(model: Model, json: Json = False) -> None:
     """What a sparse folder holds, or what a model's sites are."""
-    from pumice.cli import verbs
+    from pumice.cli.inspect import inspect
 
-    verbs.inspect(model, json)
+    inspect(model, json)
 
 
 @app.command()
-def methods(json: Json = False) -> None:
+def methods(
+    json: Json = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="the table as it stands in the README")] = False,
+) -> None:
     """Every method with its settings and their defaults."""
     from pumice.cli import verbs
 
-    verbs.methods(json)
+    verbs.methods(json, markdown)
 
 
-@app.command()
+@app.command(short_help="This machine: versions, bandwidth, extras, places.")
 def doctor(json: Json = False) -> None:
     """This machine: versions, memory bandwidth, extras, and where things are kept."""
     from pumice.cli import verbs
@@ -172,32 +183,54 @@ def doctor(json: Json = False) -> None:
     verbs.doctor(json)
 
 
+def _flags(context: typer.Context) -> list[str]:
+    return [flag[2:] for parameter in context.command.params for flag in parameter.opts if flag.startswith("--")]
+
+
+UsageError = typer.BadParameter.__base__  # click's own; newer typers carry click inside
+
+
 def run() -> None:
-    """The console script: errors become one sentence on stderr and exit code 1 (2 for a wrong command line)."""
+    """The console script: an error is a sentence on stderr and exit code 1 (2: a command line that cannot be read)."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
     try:
-        app()
-    except PumiceError as error:
-        _fail(str(error), debug)
-    except KeyboardInterrupt:
-        _fail("interrupted. What was finished is kept: the same command goes on from there.", False, 130)
-    except OSError as error:
+        with _plain_warnings():
+            code = app(standalone_mode=False)
+    except UsageError as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        sys.exit(1)
+    if code == 130:  # typer turns Ctrl-C into this code and says nothing
+        print("interrupted. `sparsify` goes on at the block it had reached when it is given again.", file=sys.stderr)
+    sys.exit(code or 0)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings as one line without the place in the code, which means nothing to a user."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+def _sentence(error: Exception) -> str:
+    """What went wrong, for someone who has not read the code."""
+    if isinstance(error, PumiceError):
+        return str(error)
+    if isinstance(error, OSError):
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = f"the disk is full ({error.filename or 'no file named'}). Free some space" if full else str(error)
-        _fail(f"{what}. Nothing was left half-written.", debug)
-    except MemoryError:
-        _fail("out of memory. `pumice sparsify --stream` keeps one block in memory.", debug)
-    except Exception as error:
-        _fail(f"{type(error).__name__}: {error}. This is a fault in pumice; `--debug` shows where.", debug)
-
-
-def _fail(message: str, debug: bool, code: int = 1) -> None:
-    if debug:
-        raise
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+        return f"{what}. Nothing was left half-written."
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):  # torch's own words
+        return "out of memory. `pumice sparsify --stream` keeps one block in memory."
+    said = str(error).strip().rstrip(".")
+    return f"{type(error).__name__}: {said}. This is a fault in pumice; `--debug` shows where."
 
 
 if __name__ == "__main__":

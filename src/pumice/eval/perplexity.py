@@ -30,7 +30,8 @@ class Perplexity:
     protocol: dict
 
     def summary(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "losses"}
+        found = {name: value for name, value in vars(self).items() if name not in ("losses", "tokens")}
+        return found | {"tokens_scored": self.tokens}
 
 
 @torch.inference_mode()
@@ -49,14 +50,13 @@ def perplexity(
         raise PumiceError(f"this plan selects per prompt: say how many of the window's {length} tokens are the prompt.")
     device = next(model.parameters()).device
     losses = []
-    bar = tqdm(total=len(windows.ids), desc=title, unit="window", leave=False)
-    for ids in windows.ids.split(batch):
-        ids = ids.to(device)
-        with runtime.phase(prompt) if runtime is not None else nullcontext():
-            logits = model(ids, use_cache=False).logits
-        losses += _losses(logits, ids, prompt or 1)
-        bar.update(len(ids))
-    bar.close()
+    with tqdm(total=len(windows.ids), desc=title, unit="window", leave=False) as bar:
+        for ids in windows.ids.split(batch):
+            ids = ids.to(device)
+            with runtime.phase(prompt) if runtime is not None else nullcontext():
+                logits = model(ids, use_cache=False).logits
+            losses += _losses(logits, ids, prompt or 1)
+            bar.update(len(ids))
     predicted = length - (prompt or 1)
     protocol = {
         **windows.protocol,

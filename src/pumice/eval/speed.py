@@ -42,16 +42,14 @@ def compare(models: dict[str, nn.Module], prompt: Tensor, *, new: int = 32, repe
         _run(model, prompt, 2)  # gathers, allocates, measures kernels
     prefill: dict[str, list[float]] = {name: [] for name in models}
     decode: dict[str, list[float]] = {name: [] for name in models}
-    bar = tqdm(total=repeats * len(models), desc="speed", unit="run", leave=False)
     found = {}
-    for _ in range(repeats):
-        for name, model in models.items():
+    with tqdm(total=repeats * len(models), desc="speed", unit="run", leave=False) as bar:
+        for name, model in [*models.items()] * repeats:
             first, steps = _run(model, prompt, new)
             prefill[name].append(first)
             decode[name] += steps
             found[name] = (decode_bytes(model), resident_bytes())
             bar.update()
-    bar.close()
     return {
         name: Speed(
             prefill_tokens_per_second=prompt.shape[1] / statistics.median(prefill[name]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+HUB_SAYS = {
+    "LocalEntryNotFoundError": "there is no connection to it, and no copy in its cache",
+    "RepositoryNotFoundError": "it has no such model, or the model is private",
+    "GatedRepoError": "the model is gated; ask for access on its page and log in with `hf auth login`",
+    "HFValidationError": "that is no hub name, which is owner/name",
+}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -49,30 +57,65 @@ def load(name: str | Path, *, dtype: torch.dtype | str | None = None, device: st
 
 
 def _read(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise PumiceError(f"cannot load {folder} ({type(error).__name__}: {error}).") from error
+        _name_damage(folder)
+        raise PumiceError(
+            f"cannot load {folder}: {_first_sentence(error)}. A model is a folder with config.json, tokenizer and "
+            "safetensors, of a causal language model that this transformers knows."
+        ) from error
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random values
         raise PumiceError(
             f"{folder} has no tensor for {missing[0]} and {len(missing) - 1} more parameters of its config.json. "
             "The folder is incomplete or in a packed format; get it again as plain weights."
         )
-    return model, tokenizer
+    return model, tokenizer_in(folder)
 
 
-def tokenizer_of(place: Place) -> PreTrainedTokenizerBase:
+def no_loading_bars() -> None:
+    """Turn off transformers' progress bars for loading and saving, which stay on the screen; downloads keep theirs."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    downloads = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+
+
+def _name_damage(folder: Path) -> None:
+    """Say which file of a folder is truncated, where one is: transformers does not."""
+    from pumice.arch.checkpoint import keys_of
+
+    for path in sorted(folder.glob("*.safetensors")):
+        if not path.name.startswith("pumice."):
+            keys_of(path)
+    for path in sorted(folder.glob("*.json")):
+        try:
+            json.loads(path.read_text())
+        except ValueError as error:
+            raise PumiceError(f"{path} is damaged: it is no JSON ({error}). Get it again.") from error
+
+
+def _first_sentence(error: Exception) -> str:
+    """Of what a library says, the part that says what is wrong."""
+    return re.split(r"[.:]\s|\n", str(error).strip(), maxsplit=1)[0].rstrip(".:") or type(error).__name__
+
+
+def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer that lies beside a model's weights."""
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(place.folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
-        raise PumiceError(f"{place.folder} has no tokenizer that loads ({type(error).__name__}: {error}).") from error
+        _name_damage(folder)
+        said = _first_sentence(error)
+        raise PumiceError(f"{folder} has no tokenizer that loads ({said}); put its tokenizer.json there.") from error
 
 
 def locate(name: str | Path) -> Place:
@@ -124,9 +167,9 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, **options))
     except Exception as error:
-        first = (str(error).strip().splitlines() or [""])[0]
+        why = HUB_SAYS.get(type(error).__name__) or _first_sentence(error)
         raise PumiceError(
-            f"{name!r} is no folder here, and cannot be had from the hub ({type(error).__name__}: {first}). "
+            f"{name!r} is no folder here, and cannot be had from the hub: {why}. "
             "Check the name and the network, or use a local folder, a .gguf file, or smollm2."
         ) from error
 

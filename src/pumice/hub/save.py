@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,13 +78,13 @@ class ShardWriter:
     such as the recipe) has left whole; anything else that is found there is removed. Tensors keep the source's dtype.
     """
 
-    def __init__(self, source: str | Path, out: str | Path, run: str = "") -> None:
+    def __init__(self, source: str | Path, out: str | Path, run: str = "", resume: bool = True) -> None:
         self.source, self.out = Path(source), check_target(out)
         self.origin = shard_of_key(self.source)  # key -> file of the source
         self.dtypes = _dtypes(self.origin)
         self.partial = self.out.with_name(f".{self.out.name}.partial")
         with told(self.partial):
-            self._start({"source": str(self.source.resolve()), "files": _state(self.origin), "run": run})
+            self._start({"source": str(self.source.resolve()), "files": _state(self.origin), "run": run}, resume)
         self.done = {_name(path): keys_of(path) for path in sorted(self.partial.glob("model-*.safetensors"))}
 
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -97,21 +98,42 @@ class ShardWriter:
         self.done[name] = list(cast)
 
     def finish(self, plan: Plan) -> Path:
-        """Copy what no block wrote (embeddings, norms, head), add index, tokenizer and plan, and rename the folder."""
+        self.fill(plan)
+        return self.publish()
+
+    def fill(self, plan: Plan) -> None:
+        """Copy what no block wrote (embeddings, norms, head), and add index, tokenizer and plan."""
         with told(self.out):
             self._copy_rest()
             self._copy_files()
             self._index()
             plan.save(self.partial)
             same_permissions(self.partial)
+
+    def publish(self) -> Path:
+        """Rename the whole folder to its place."""
+        with told(self.out):
             publish(self.partial, self.out)
             (self.out / STAMP).unlink()
         return self.out
 
-    def _start(self, stamp: dict) -> None:
+    @contextmanager
+    def kept_if_begun(self) -> Iterator[None]:
+        """A failure in the body keeps the finished shards, and says where; without any it leaves nothing."""
+        try:
+            yield
+        except BaseException as error:
+            if not self.done:
+                shutil.rmtree(self.partial, ignore_errors=True)
+            elif isinstance(error, PumiceError):
+                kept = f"{len(self.done)} finished shards are kept in {self.partial}"
+                raise PumiceError(f"{error} {kept}; the same command goes on from there.") from error
+            raise
+
+    def _start(self, stamp: dict, resume: bool) -> None:
         path = self.partial / STAMP
         try:
-            resumed = json.loads(path.read_text()) == stamp
+            resumed = resume and json.loads(path.read_text()) == stamp
         except (OSError, ValueError):
             resumed = False
         if not resumed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -23,20 +23,22 @@ class Row:
     """One model: what it is, what it costs, what it still knows, and what it says."""
 
     name: str
-    sparsity: float | None = None  # achieved, over what `of` names
-    of: str = ""
+    sparsity: float | None = None  # achieved
+    sparsity_of: str = ""  # what it is a fraction of
     speed: Speed | None = None
     speedup: float | None = None  # decode, median over dense median in the same run
-    bound: float | None = None  # what the bytes alone would allow
+    bytes_bound: float | None = None  # the speedup that the bytes alone would allow
     perplexity: Perplexity | None = None
     dense_perplexity: float | None = None  # of the same positions
-    exec: str = "dense"
+    ran: str = "dense"  # how its decoding ran
     text: str = ""
 
     def summary(self) -> dict:
-        data = {k: v for k, v in vars(self).items() if k not in ("speed", "perplexity")}
-        data["perplexity"] = self.perplexity.summary() if self.perplexity else None
-        return data | {"speed": asdict(self.speed) if self.speed else None}
+        """Flat, with the names that `pumice eval` and `pumice bench` use; what was not measured is left out."""
+        data = {key: value for key, value in vars(self).items() if key not in ("speed", "perplexity")}
+        for part in (self.speed, self.perplexity):
+            data |= part.summary() if part else {}
+        return {key: value for key, value in data.items() if value not in (None, "")}
 
 
 def measure_rows(
@@ -58,6 +60,7 @@ def measure_rows(
     """
     twins = {name: attach(model, plan, exec=exec) for name, plan in plans.items()}
     speeds = compare({"dense": model, **twins}, prompt_ids, new=new, repeats=repeats)
+    ran = {name: how(twin) for name, twin in twins.items()}  # before a perplexity's prompts free what was gathered
 
     def score(runner: nn.Module, prompt: int | None, title: str) -> Perplexity | None:
         return None if windows is None else perplexity(runner, windows, prompt=prompt, title=f"perplexity: {title}")
@@ -76,13 +79,13 @@ def measure_rows(
             Row(
                 name=name,
                 sparsity=plan.sparsity(),
-                of=budget_of(plan),
+                sparsity_of=budget_of(plan),
                 speed=speeds[name],
                 speedup=speeds["dense"].decode_ms / speeds[name].decode_ms,
-                bound=speeds["dense"].effective_bytes / speeds[name].effective_bytes,
+                bytes_bound=speeds["dense"].effective_bytes / speeds[name].effective_bytes,
                 perplexity=score(twin, prompts[name], name),
                 dense_perplexity=base.perplexity if base else None,
-                exec=how(twin),
+                ran=ran[name],
                 text=complete(twin) if complete else "",
             )
         )
@@ -97,10 +100,12 @@ def budget_of(plan: Plan) -> str:
 
 
 def how(twin: nn.Module) -> str:
-    """How a plan ran: gathered (smaller dense matrices), masked (dense work, then zeros), or dense storage."""
+    """How a plan ran last: gathered (smaller dense matrices), masked (dense work, then zeros), or dense storage."""
     selections = twin.pumice.selections.values()
     if not selections:
         return "dense storage"
+    if twin.pumice.exec == "reference":
+        return "reference"
     gathered = sum(bool(selection.gathered) for selection in selections)
     return "gathered" if gathered == len(selections) else "masked" if not gathered else "partly gathered"
 

@@ -3,51 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+from rich import box
 from rich.table import Table
 
 from pumice.report.rows import Row
 
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "sparsity": lambda row: f"{row.sparsity:.4f}" if row.sparsity is not None else "",
+    "decode\ntok/s": lambda row: f"{row.speed.decode_tokens_per_second:.1f}" if row.speed else "",
+    "vs\ndense": lambda row: f"{row.speedup:.2f}×" if row.speedup else "",
+    "bytes\nallow": lambda row: f"{row.bytes_bound:.2f}×" if row.bytes_bound else "",
+    "FFN\nMB/tok": lambda row: f"{row.speed.ffn_bytes / 1e6:.1f}" if row.speed and row.speed.ffn_bytes else "",
+    "all\nMB/tok": lambda row: f"{row.speed.effective_bytes / 1e6:.1f}" if row.speed else "",
+    "perplexity": lambda row: (
+        number(row.perplexity.perplexity, row.perplexity.standard_error) if row.perplexity else ""
+    ),
+    "dense\nppl": lambda row: number(row.dense_perplexity) if row.dense_perplexity else "",
+}
+
 
 def comparison(rows: list[Row], title: str) -> Table:
-    """The side-by-side table. `vs dense` is measured; `bytes allow` is the ratio of bytes read, the bound."""
-    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
-    table.add_column("model")
-    for name in (
-        "sparsity",
-        "decode tok/s",
-        "vs dense",
-        "bytes allow",
-        "FFN MB/tok",
-        "all MB/tok",
-        "perplexity",
-        "dense",
-    ):
-        table.add_column(name, justify="right")
-    for row in rows:
-        table.add_row(row.name, *_cells(row), end_section=row.name.startswith("dense") or row.name.endswith("·"))
+    """The side-by-side table. `vs dense` is measured; `bytes allow` is the ratio of bytes read, the bound.
+
+    At 80 columns only the name of a model may wrap; a column with nothing in it is left out.
+    """
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False
+    )
+    table.pad_edge, table.padding = False, (0, 1, 0, 0)
+    table.add_column("model", vertical="bottom", min_width=8)
+    filled = {name: cell for name, cell in COLUMNS.items() if any(cell(row) for row in rows)}
+    for name in filled:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, after in zip(rows, [*rows[1:], None], strict=True):
+        ends = row.sparsity is None and after is not None and after.sparsity is not None
+        table.add_row(row.name, *(cell(row) for cell in filled.values()), end_section=ends)
     return table
-
-
-def _cells(row: Row) -> list[str]:
-    speed, score = row.speed, row.perplexity
-    return [
-        f"{row.sparsity:.4f}" if row.sparsity is not None else "",
-        f"{speed.decode_tokens_per_second:.1f}" if speed else "",
-        f"{row.speedup:.2f}×" if row.speedup else "",
-        f"{row.bound:.2f}×" if row.bound else "",
-        f"{speed.ffn_bytes / 1e6:.1f}" if speed and speed.ffn_bytes else "",
-        f"{speed.effective_bytes / 1e6:.1f}" if speed and speed.effective_bytes else "",
-        number(score.perplexity, score.standard_error) if score else "",
-        number(row.dense_perplexity) if row.dense_perplexity else "",
-    ]
 
 
 def number(value: float, error: float | None = None) -> str:
     """A perplexity with the digits that mean something."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞"
-    digits = 2 if value < 1000 else 0
+    digits = 2 if value < 100 else 1 if value < 1000 else 0
     text = f"{value:,.{digits}f}"
     return text if error is None or not math.isfinite(error) else f"{text} ± {error:,.{digits}f}"
 
@@ -55,13 +55,13 @@ def number(value: float, error: float | None = None) -> str:
 def verdicts(rows: list[Row]) -> list[str]:
     """What the figures say, in plain words: what gave no speed and where the model broke."""
     lines = []
-    masks = [row for row in rows if row.exec == "dense storage"]
+    masks = [row for row in rows if row.ran == "dense storage"]
     if masks:
         lines.append(
             f"{_list(masks)}: no speed. The zeros of a Mask lie in dense storage and are read like any number; "
             "bytes per token are those of dense."
         )
-    slower = [row for row in rows if row.exec == "masked"]
+    slower = [row for row in rows if row.ran == "masked"]
     if slower:
         lines.append(
             f"{_list(slower)}: no speed here. Gathered matrices were measured no faster than dense at these shapes, so "

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Literal
 
 from pumice.calib.stats import SiteStats, TokenShare
+from pumice.errors import PumiceError
 from pumice.forms import RankFusion, Select, TopK
 from pumice.registry import method
 from pumice.sites import Site
@@ -21,6 +22,10 @@ class Glass:
     weight: float = 0.5  # λ: 0 is GRIFFIN, 1 is the static set
     batch: Literal["sequence", "shared"] = "sequence"
     needs = (TokenShare,)
+
+    def __post_init__(self):
+        if not 0 <= self.weight <= 1:
+            raise PumiceError(f"glass.weight is the calibrated order's share, between 0 and 1; got {self.weight!r}.")
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
         score = RankFusion(values=stats[TokenShare], weight=self.weight)

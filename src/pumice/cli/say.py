@@ -1,0 +1,56 @@
+"""What the commands say: figures on stdout, everything else on stderr; with `--json` one object on stdout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+
+PLAIN = {"highlight": False, "markup": False, "emoji": False}  # a path or a model's text may hold [bold] or :fire:
+note = Console(stderr=True, soft_wrap=True, **PLAIN)
+page = Console(soft_wrap=True, **PLAIN)
+sheet = Console(**PLAIN)  # tables, which wrap by themselves
+
+
+def emit(data: dict) -> None:
+    """One JSON object on stdout; numbers that JSON lacks become null."""
+    print(json.dumps(plain(data), ensure_ascii=False, allow_nan=False))
+
+
+def plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return None
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def print_rows(rows: list, name: str) -> None:
+    if not rows:
+        return
+    from pumice.report.tables import comparison, verdicts
+
+    sheet.print(comparison(rows, f"{name}, decoding one token at a time"))
+    for line in verdicts(rows):
+        page.print(line)
+
+
+def recipe_name(plan) -> str:
+    """`wanda 0.5`, `griffin 0.5 + wanda 0.5`: short names for tables."""
+    names = []
+    for entry in plan.recipe:
+        extra = entry.get("pattern") if entry.get("pattern") not in (None, "row") else ""
+        names.append(" ".join(str(part) for part in (entry["method"], f"{entry.get('sparsity', 0):g}", extra) if part))
+    return " + ".join(names)
+
+
+def sparse_part(plan) -> dict:
+    """What a plan makes sparse, for JSON; of a dense model nothing."""
+    from pumice.report.rows import budget_of
+
+    if plan is None:
+        return {"recipe": [], "sparsity": 0.0}
+    return {"recipe": plan.recipe, "sparsity": plan.sparsity(), "sparsity_of": budget_of(plan)}

@@ -1,0 +1,93 @@
+"""The methods for people: what each decides and does, its settings and its paper, from registry and docstrings."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, fields
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from pumice import registry
+
+DECIDED = {"static": "once, for the weights", "prompt": "once a prompt", "token": "once a token"}
+PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One method as a table shows it."""
+
+    name: str
+    decides: str  # static, prompt, token, or third party
+    kinds: tuple[str, ...]
+    about: str  # the first sentence of its module
+    settings: dict[str, Any]  # name -> default
+    arxiv: str | None
+
+    @property
+    def decided(self) -> str:
+        return DECIDED.get(self.decides, self.decides)
+
+    @property
+    def defaults(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+
+    def summary(self) -> dict:
+        return {**vars(self), "settings": {name: _plain(value) for name, value in self.settings.items()}}
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def cards() -> list[Card]:
+    """Every method that is installed, ours first."""
+    return [_card(entry) for entry in registry.methods().values()]
+
+
+def _card(entry: registry.Entry) -> Card:
+    cls = entry.load()
+    text = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip()
+    paper = PAPER.search(text)
+    return Card(
+        name=entry.name,
+        decides=entry.when,
+        kinds=cls.kinds,
+        about=about(text),
+        settings={field.name: field.default for field in fields(cls)},
+        arxiv=paper[1] if paper else None,
+    )
+
+
+def about(docstring: str) -> str:
+    """`Wanda: drop the smallest.  arXiv:2306.11695` -> `drop the smallest`."""
+    line = docstring.partition("\n")[0]
+    sentence = re.split(r"\.(?:\s|$)", line, maxsplit=1)[0]
+    return re.sub(r"^[\w -]+: ", "", sentence)
+
+
+def table() -> Table:
+    """For a terminal."""
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    found.add_column("method", no_wrap=True)
+    for column in ("decided", "what it does", "settings and defaults", "arXiv"):
+        found.add_column(column, overflow="fold")
+    for card in cards():
+        found.add_row(card.name, card.decided, card.about, card.defaults, card.arxiv or "")
+    return found
+
+
+def markdown() -> str:
+    """Pumice's own methods as the README's table; `tests/test_docs.py` holds the README to it."""
+    lines = ["| method | decided | what it does | settings and defaults | paper |", "|---|---|---|---|---|"]
+    for card in cards():
+        if card.decides in DECIDED:
+            link = f"[`{card.name}`](docs/methods/{card.name}.md)"
+            settings = ", ".join(f"`{name}={value}`" for name, value in card.settings.items())
+            paper = f"[{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
+            cells = [link, card.decided, card.about, settings, paper]
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
