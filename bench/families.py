@@ -45,37 +45,80 @@ FFN_FREE = {"falcon_mamba", "mamba", "mamba2"}
 
 # Config fields by name, wherever they occur, in nested text configs too.
 SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embedding_size", "word_embed_proj_dim",
-                     "emb_dim", "dim_model", "input_embedding_size", "cross_attention_hidden_size"), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
-                     "num_decoder_layers", "num_encoder_layers"), 4),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads",
-                     "encoder_attention_heads", "num_decoder_attention_heads", "num_encoder_attention_heads",
-                     "swa_num_attention_heads"), 4),
+    **dict.fromkeys(
+        ("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embedding_size", "word_embed_proj_dim", "emb_dim",
+         "dim_model", "input_embedding_size", "cross_attention_hidden_size"), 64),
+    **dict.fromkeys(
+        ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers",
+         "num_decoder_layers", "num_encoder_layers"), 4),
+    **dict.fromkeys(
+        ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads",
+         "num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads", "index_n_heads",
+         "linear_num_value_heads", "linear_num_key_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "kv_n_heads"), 2),
-    **dict.fromkeys(("head_dim", "attention_head_size", "v_head_dim", "qk_nope_head_dim", "d_kv", "dim_head",
-                     "swa_head_dim", "swa_v_head_dim", "attention_head_dim", "index_head_dim"), 16),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "d_inner_ffn",
-                     "encoder_ffn_dim", "dim_ff", "d_ff", "dff", "ffn_embed_dim", "decoder_ffn_embed_dim"), 88),
-    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size",
-                     "shared_intermediate_size", "moe_shared_expert_intermediate_size"), 40),
+    **dict.fromkeys(
+        ("head_dim", "attention_head_size", "v_head_dim", "qk_nope_head_dim", "d_kv", "dim_head", "swa_head_dim",
+         "swa_v_head_dim", "attention_head_dim", "index_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(
+        ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "dim_ff",
+         "d_inner_ffn", "d_ff", "dff", "intermediate_size_mlp", "feed_forward_size", "ffn_embed_dim",
+         "decoder_ffn_embed_dim"), 88),
+    **dict.fromkeys(
+        ("moe_intermediate_size", "shared_expert_intermediate_size", "expert_ffn_hidden_size",
+         "shared_intermediate_size", "moe_shared_expert_intermediate_size", "shared_experts_intermediate_size"), 40),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 8),
     **dict.fromkeys(("num_experts_per_tok", "moe_top_k", "top_k_experts", "moe_topk", "moe_k"), 2),
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads", "mamba_n_head"), 8),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "state_size", "mamba_chunk_size", "chunk_size"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim", "mamba_headdim"), 16),
+    "mamba_d_ssm": 128, "image_size": 32, "patch_size": 16, "global_head_dim": 32,
     "qk_rope_head_dim": 8, "qk_head_dim": 24, "rotary_dim": 8, "q_lora_rank": 24, "kv_lora_rank": 16,
-    "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "index_topk": 64,
+    "n_group": 1, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "index_topk": 8,
     "vocab_size": 160, "max_position_embeddings": 128, "n_positions": 128, "sliding_window": 8,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
 # Where the fields above do not fit a family together.
-SPECIAL: dict[str, dict[str, Any]] = {}
+SPECIAL: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": {"layer_group_size": 2},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4},
+                                                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "attn_pdrop": 0.0, "clip_qkv": 8},
+             "ffn_config": {"ffn_hidden_size": 88, "hidden_size": 64, "moe_num_experts": 8, "moe_top_k": 2}},
+    "dots3_note_text": {"swa_num_key_value_heads": 4, "swa_num_attention_heads": 4, "swa_q_lora_rank": 24,
+                        "swa_kv_lora_rank": 16, "swa_head_dim": 24, "swa_qk_nope_head_dim": 16, "swa_v_head_dim": 16,
+                        "head_dim": 24},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"] * 4, "adapter_in_dim": 64, "adapter_out_dim": 64},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
+    "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+                     "activation_sparsity_pattern": [0.9, 0.0, 0.0, 0.0], "vocab_size_per_layer_input": 160,
+                     "hidden_size_per_layer_input": 16},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"default_language": "en_XX", "languages": ["en_XX"]},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16,
+                       "indexer_compress_ratio": 4, "indexer_budget": 8, "ngram_vocab_size_base": 50},
+    "zamba": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid"] * 2},
+    "zaya": {"num_experts_per_tok": 1},
+}  # fmt: skip
 
 
 def build(family: str) -> nn.Module:
     """A tiny random fp32 model of a family in evaluation mode."""
     config = tiny_config(CONFIG_MAPPING[family], SPECIAL.get(family, {}))
+    model_class = getattr(transformers, FAMILIES[family])
+    if not isinstance(config, model_class.config_class):
+        parts = [part for part in vars(config).values() if isinstance(part, model_class.config_class)]
+        config = parts[0] if parts else config.get_text_config()
     torch.manual_seed(0)
-    model = getattr(transformers, FAMILIES[family])(config).eval().float()
+    model = model_class(config).eval().float()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -90,11 +133,14 @@ def tiny_config(config_class: type[PreTrainedConfig], special: dict[str, Any]) -
     known = set(inspect.signature(config_class.__init__).parameters) | set(config_class.attribute_map)
     known |= set(getattr(config_class, "__dataclass_fields__", ()))
     fields = {name: value for name, value in SMALL.items() if name in known}
-    for name, child in config_class.sub_configs.items():
-        if isinstance(child, type) and issubclass(child, PreTrainedConfig) and hasattr(child, "model_type"):
-            with contextlib.suppress(Exception):
-                fields[name] = tiny_config(child, special.get(name, {}))
-    fields |= {name: value for name, value in special.items() if not isinstance(value, dict) or name not in fields}
+    if "qk_rope_head_dim" in known and "head_dim" in known:  # latent attention rotates these only
+        fields["head_dim"] = fields["qk_rope_head_dim"]
+    if "kv_lora_rank" in known:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    for name, child in vars(config_class()).items():
+        if isinstance(child, PreTrainedConfig):
+            fields[name] = tiny_config(type(child), SPECIAL.get(child.model_type, {}))
+    fields |= special
     for names in config_class.attribute_map.items():
         if all(name in fields for name in names):
             fields.pop(names[0])
@@ -106,7 +152,7 @@ def tiny_config(config_class: type[PreTrainedConfig], special: dict[str, Any]) -
 @torch.no_grad()
 def logits(model: nn.Module) -> Tensor:
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(3, vocabulary, (2, 12), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, vocabulary, (2, 40), generator=torch.Generator().manual_seed(1))
     output = model(input_ids=ids)
     return (output.logits if hasattr(output, "logits") else output[0]).clone()
 
@@ -257,7 +303,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--timeout", type=int, default=120)
+    parser.add_argument("--timeout", type=int, default=240)
     options = parser.parse_args()
     results = run(options.families, options.jobs, options.timeout)
     totals = Counter(result["status"] for result in results.values())

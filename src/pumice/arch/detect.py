@@ -12,13 +12,11 @@ import torch
 from torch import nn
 
 from pumice.arch.build import Builder
-from pumice.arch.probe import Lab
+from pumice.arch.probe import BATCH, TOKENS, Lab
 from pumice.arch.read import Reading, read
-from pumice.arch.trace import Call, first_call, quiet, record, stand_ins
+from pumice.arch.trace import Call, NotCalled, first_call, quiet, record, stand_ins
 from pumice.errors import PumiceError
 from pumice.sites import Block, Kind, Site
-
-BATCH, TOKENS = 8, 6
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,7 @@ def detect(model: nn.Module) -> Arch:
     Raises PumiceError where no decoder blocks or no linear site can be found. What is not understood inside a block
     is listed in `Block.refused` with the reason.
     """
-    prefix, blocks = decoder_blocks(model)
-    calls = recorded(model, blocks)
+    prefix, blocks, calls = decoder_blocks(model)
     readings: dict[tuple, Reading] = {}
     for block, call in zip(blocks, calls, strict=True):
         if (key := structure(block)) not in readings:
@@ -69,32 +66,42 @@ def detect(model: nn.Module) -> Arch:
     return arch
 
 
-def decoder_blocks(model: nn.Module) -> tuple[str, list[nn.Module]]:
-    """The name and the modules of the ModuleList of decoder blocks."""
-    config = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    depth = getattr(config, "num_hidden_layers", None)
-    inner = model.get_decoder() if hasattr(model, "get_decoder") else None
+def decoder_blocks(model: nn.Module) -> tuple[str, list[nn.Module], list[Call | None]]:
+    """The name and the modules of the ModuleList of decoder blocks, and one call for each.
+
+    The list is the largest one of the configured depth that a forward on text alone reaches; an image encoder of the
+    same depth is not.
+    """
     names = {id(module): name for name, module in model.named_modules()}
-    for root in filter(None, (inner, model)):
-        lists = [module for module in root.modules() if isinstance(module, nn.ModuleList) and len(module)]
-        lists = [module for module in lists if len({type(child) for child in module}) <= len(module)]
-        exact = [module for module in lists if len(module) == depth]
-        if exact or lists:
-            best = max(exact or lists, key=lambda module: sum(p.numel() for p in module.parameters()))
-            return names[id(best)], list(best)
-    raise PumiceError(f"{type(model).__name__} has no list of decoder blocks.")
+    for blocks in candidates(model):
+        try:
+            return names[id(blocks)], list(blocks), recorded(model, list(blocks))
+        except NotCalled:
+            continue
+    raise PumiceError(f"{type(model).__name__} has no list of decoder blocks that a forward on token ids calls.")
+
+
+def candidates(model: nn.Module) -> list[nn.ModuleList]:
+    """Lists of modules that may be the blocks, the likeliest first."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(module) for module in decoder.modules()}
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+
+    def rank(blocks: nn.ModuleList) -> tuple:
+        return id(blocks) in inside, len(blocks) == depth, sum(p.numel() for p in blocks.parameters())
+
+    return sorted(lists, key=rank, reverse=True)
 
 
 def recorded(model: nn.Module, blocks: list[nn.Module]) -> list[Call | None]:
     """One call for each block, on random tokens; None for a block that a forward on text alone does not reach."""
     ids = token_ids(model)
     with stand_ins(model, blocks):
-        call = first_call(model, blocks[0], ids)
-        lab = Lab.of(blocks[0], call)
+        lab = Lab.of(blocks[0], first_call(model, blocks[0], ids))
         with torch.no_grad():
             output = lab.call(lab.module)
-        calls, _ = record(model, blocks, ids, output)
+        calls, _ = record(model, blocks, ids, output, keep=True)
     return [mine[0] if mine else None for mine in calls]
 
 

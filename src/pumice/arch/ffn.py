@@ -47,7 +47,7 @@ def candidates(lab: Lab, down: str) -> Iterator[list[str]]:
     earlier = lab.order[: lab.order.index(down)]
     tried: set[str] = set()
     for scope in scopes(down):
-        inside = [name for name in earlier if name.startswith(scope)]
+        inside = [name for name in earlier if name.startswith(scope) and name not in lab.repeated]
         inside = [name for name in inside if widths(lab.linears[name])[0] in (size, 2 * size)]
         if inside and set(inside) != tried:
             tried = set(inside)
@@ -60,10 +60,10 @@ def confirm(lab: Lab, down: str, candidates: list[str]) -> tuple[dict[str, Rows]
     rows = [part for name in candidates for part in elementwise(lab, name, down, size)]
     if not rows:
         return {}, ""
-    if len(rows) > 2 or lab.repeated & {down, *(part.linear for part in rows)}:
-        return {}, f"{len(rows)} matrices meet in one neuron, or one is called twice in a forward"
-    if not closed(lab, down, rows):
-        return {}, ""
+    if not closed(lab, down, rows) or (len(rows) == 1 and affine(lab, down, rows[0])):
+        return {}, ""  # a gate on something else, or a low-rank pair
+    if len(rows) > 2 or down in lab.repeated:
+        return {}, f"{len(rows)} matrices meet in one neuron, or it is called twice in a forward"
     parts = roles(lab, down, rows)
     why = cannot_narrow(lab, down, parts, size)
     return ({}, why) if why else (parts, "")
@@ -78,6 +78,8 @@ def elementwise(lab: Lab, name: str, down: str, size: int) -> list[Rows]:
     if after.shape != base.shape or base.numel() // size < 4:
         return []
     changed = (after != base).reshape(-1, size)
+    if picked.numel() not in (changed.numel(), 2 * changed.numel()):
+        return []
     picked = picked.reshape(changed.shape[0], -1).bool()
     if picked.shape[1] == size:
         return [Rows(name)] if covers(picked, changed) else []

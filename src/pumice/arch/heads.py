@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from pumice.arch.probe import Lab, widths
+from pumice.arch.probe import BATCH, TOKENS, Lab, widths
 from pumice.arch.units import Rows, Unit, affine_rows, common
 
 LATE = 2  # a token with others before and after it
@@ -50,8 +50,8 @@ class Watcher:
     frozen: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.batch, self.tokens = self.lab.call.hidden.shape[:2]
-        self.before = self.lab.order[: self.lab.order.index(self.o)]
+        before = self.lab.order[: self.lab.order.index(self.o)]
+        self.before = [name for name in before if name not in self.lab.repeated]
         keep = {name: self._keep(name) for name in self.before}
         self.base = self._shaped(self.lab.run(keep, stop=self.o).inputs[self.o])
 
@@ -63,7 +63,7 @@ class Watcher:
         return edit
 
     def _shaped(self, x: Tensor) -> Tensor:
-        return x.reshape(self.batch, self.tokens, -1)
+        return x.reshape(BATCH, TOKENS, -1)
 
     def change(self, name: str, z: Tensor, *, hold: bool = True) -> Tensor:
         """How the input of `o` moves when linear `name` gives z [batch, token, out]; [batch, token, columns]."""
@@ -105,8 +105,7 @@ def find_heads(lab: Lab, width: int, downs: set[str]) -> tuple[list[Unit], dict[
 
 
 def _watcher(lab: Lab, o: str) -> Watcher | None:
-    batch, tokens = lab.call.hidden.shape[:2]
-    if lab.shapes[o].numel() != batch * tokens * widths(lab.linears[o])[0]:
+    if lab.shapes[o].numel() != BATCH * TOKENS * widths(lab.linears[o])[0]:
         return None  # routed tokens: an expert
     watcher = Watcher(lab, o)
     return watcher if watcher.base.shape[-1] == widths(lab.linears[o])[1] else None
@@ -117,7 +116,7 @@ def _sources(watcher: Watcher) -> list[str]:
     found = []
     for name in watcher.before:
         z = watcher.frozen[name]
-        if name in watcher.lab.repeated or z.numel() != watcher.batch * watcher.tokens * z.shape[-1]:
+        if z.numel() != BATCH * TOKENS * z.shape[-1]:
             continue
         z = watcher.output(name)
         if (watcher.change(name, z + watcher.lab.noise(z.shape)) != 0).any():
@@ -127,12 +126,14 @@ def _sources(watcher: Watcher) -> list[str]:
 
 def _attention(watcher: Watcher, sources: list[str]) -> tuple[Unit | None, str]:
     lab, o = watcher.lab, watcher.o
-    size = head_chunk(lab.module, o, watcher.base.shape[-1])
+    size = head_chunk(lab.module, [o, *sources], watcher.base.shape[-1])
     if not size:
         return None, "no attribute of its module tells the number or the size of its heads"
     chunks = [chunk for name in sources if not watcher.feeds(name) for chunk in _chunks(watcher, name, size)]
-    chunks = _settled(chunks)
+    chunks = _settled(watcher, chunks)
     kinds = {chunk.role for chunk in chunks}
+    if not kinds & {"k", "v"} and not all(chunk.role == "q" and chunk.spread > chunk.size for chunk in chunks):
+        kinds = set()  # keys and values of another layer are only believed where every row is a query's
     if "q" not in kinds or len(kinds & {"k", "v"}) == 1:
         mixes = _mixes(watcher, sources)
         return None, "what it reads mixes tokens, but not by softmax attention over q, k and v" if mixes else ""
@@ -151,14 +152,14 @@ def _mixes(watcher: Watcher, sources: list[str]) -> bool:
     return False
 
 
-def head_chunk(module: nn.Module, o: str, columns: int) -> int:
-    """A number of columns that divides every head: from the attributes about heads around `o` and its config.
+def head_chunk(module: nn.Module, names: list[str], columns: int) -> int:
+    """A number of columns that divides every head: from the attributes about heads around `o` and its sources.
 
     It only sets how fine the probing is; what a head is follows from what is seen.
     """
     sizes: set[int] = set()
-    path = o.split(".")
-    owners = [module.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    above = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 1)}
+    owners = [module.get_submodule(name) for name in above]
     owners += [owner.config for owner in owners if hasattr(owner, "config")]
     for owner in owners:
         for name, value in vars(owner).items():
@@ -177,38 +178,53 @@ def _halved(size: int) -> int:
 def _chunks(watcher: Watcher, name: str, size: int) -> list[Chunk]:
     """The role and reach of every chunk of rows of one linear."""
     z = watcher.output(name)
-    step = math.gcd(size, z.shape[-1])
-    starts = list(range(0, z.shape[-1], step))
+    rows = z.shape[-1]
+    step = math.gcd(size, rows) if rows > 2 * size else 1  # a few rows: one for each head perhaps
+    starts = list(range(0, rows, step))
     found = []
-    for first in range(0, len(starts), watcher.batch):
-        group = starts[first : first + watcher.batch]
+    for first in range(0, len(starts), BATCH):
+        group = starts[first : first + BATCH]
         first_token, late, twice = (
             watcher.change(name, _rolled(z, group, step, token, factor))
             for token, factor in ((0, 1.0), (LATE, 1.0), (LATE, 2.0))
         )
         for row, start in enumerate(group):
-            role, columns = _role(first_token[row], late[row], twice[row], start, step)
+            role, columns = _role(first_token[row], late[row], twice[row], float(watcher.base.abs().max()))
             reach = frozenset((columns.nonzero().flatten() // size).tolist())
             found.append(Chunk(name, start, step, role, reach, int(columns.sum())))
     return found
 
 
-def _settled(chunks: list[Chunk]) -> list[Chunk]:
+def _settled(watcher: Watcher, chunks: list[Chunk]) -> list[Chunk]:
     """Roles that one chunk alone does not tell.
 
     Token 0 shows nothing special under attention sinks or without a causal mask. Then q is what spreads over a head
-    where a gate stays in its place, and k is what is not in proportion. Elsewhere that is v behind a norm (Gemma 4).
+    where a gate stays in its place, and v is what makes everything zero when it is zero. Elsewhere what is neither a
+    key nor in proportion is v behind a norm (Gemma 4).
     """
     kinds = {chunk.role for chunk in chunks}
+    unsure = {chunk.linear for chunk in chunks if chunk.role == "k*"}
+    values = unsure if "k" in kinds else {name for name in unsure if "v" not in kinds and _silences(watcher, name)}
     settled = []
     for chunk in chunks:
         role = chunk.role
         if role == "k*":
-            role = "v" if "k" in kinds else "k"
-        if role == "gate" and "q" not in kinds and kinds & {"k*", "v"} and chunk.spread > chunk.size:
+            role = "v" if chunk.linear in values else "k"
+        if (
+            role == "gate"
+            and "q" not in kinds
+            and kinds & {"k*", "v"}
+            and (chunk.spread > chunk.size or chunk.size == 1)
+        ):
             role = "q"
         settled.append(replace(chunk, role=role))
     return settled
+
+
+def _silences(watcher: Watcher, name: str) -> bool:
+    """Whether the input of `o` is zero when this linear gives zero."""
+    moved = watcher.change(name, torch.zeros_like(watcher.output(name)))
+    return bool((moved + watcher.base).abs().max() <= 1e-4 * watcher.base.abs().max())
 
 
 def _rolled(z: Tensor, starts: list[int], step: int, token: int, factor: float) -> Tensor:
@@ -221,10 +237,10 @@ def _rolled(z: Tensor, starts: list[int], step: int, token: int, factor: float) 
     return z
 
 
-def _role(first: Tensor, late: Tensor, twice: Tensor, start: int, step: int) -> tuple[str, Tensor]:
+def _role(first: Tensor, late: Tensor, twice: Tensor, largest: float) -> tuple[str, Tensor]:
     """The role of a chunk from its effects [token, columns], and the columns that it reaches."""
     scale = max(first.abs().max(), late.abs().max())
-    if scale == 0:
+    if scale <= 1e-6 * largest:
         return "none", torch.zeros(first.shape[-1], dtype=torch.bool)
     first_seen, late_seen = first.abs() > 1e-3 * scale, late.abs() > 1e-3 * scale
     columns = first_seen.any(0) | late_seen.any(0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from pumice.arch.trace import Call, hidden_of
 
 Edit = Callable[[Tensor], Tensor]
+
+BATCH, TOKENS = 8, 6  # of every probing call; a row of the batch is one experiment
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -72,7 +74,8 @@ def random_like(name: str, parameter: Tensor, generator: torch.Generator) -> Ten
     value = torch.randn(parameter.shape, generator=generator)
     if parameter.dim() > 1:
         return value * parameter.shape[-1] ** -0.5
-    return 1 + 0.2 * value if name == "weight" else 0.2 * value
+    # Norms are small: behind q and k norms without a scale (Gemma 4) the softmax would see one key only.
+    return 0.3 + 0.1 * value if name == "weight" else 0.2 * value
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,16 @@ class Lab:
     linears: dict[str, nn.Module] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)  # linears that the call reaches, once each
     repeated: set[str] = field(default_factory=set)  # linears that it reaches more than once
+    odd: set[str] = field(default_factory=set)  # subclasses of Linear that compute something else
     reads: dict[str, str] = field(default_factory=dict)  # linear -> the first linear that reads the same tensor
     shapes: dict[str, torch.Size] = field(default_factory=dict)  # linear -> shape of its output
+    shares: bool = False  # the call fills a container that other blocks are given too
 
     def __post_init__(self) -> None:
         self.linears = {name: module for name, module in self.module.named_modules() if is_linear(module)}
         self._watch_once()
+        self.odd |= {name for name in self.order if not self.computes_linear(name)}
+        self.order = [name for name in self.order if name not in self.odd]
 
     @classmethod
     def of(cls, block: nn.Module, call: Call, seed: int = 0) -> Lab:
@@ -163,7 +170,10 @@ class Lab:
         alive: list[Tensor] = []  # keeps addresses from being used again
 
         def hook(name: str) -> Callable:
-            def note(_: nn.Module, args: tuple, output: Tensor) -> None:
+            def note(_: nn.Module, args: tuple, output: Any) -> None:
+                if not isinstance(output, Tensor):
+                    self.odd.add(name)
+                    return
                 x = args[0]
                 alive.append(x)
                 key = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x._version)
@@ -179,7 +189,10 @@ class Lab:
         with contextlib.ExitStack() as stack:
             for name, module in self.linears.items():
                 stack.callback(module.register_forward_hook(hook(name)).remove)
+            containers = [value for value in self.call.others().values() if isinstance(value, MutableMapping)]
+            before = [len(container) for container in containers]
             self.call(self.module)
+            self.shares = before != [len(container) for container in containers]
 
     @torch.no_grad()
     def computes_linear(self, name: str) -> bool:

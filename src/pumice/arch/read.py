@@ -11,7 +11,7 @@ from torch import nn
 from pumice.arch.experts import Fused, confirm_experts, expert_roles, fused
 from pumice.arch.ffn import find_ffns
 from pumice.arch.heads import find_heads
-from pumice.arch.probe import Lab, widths
+from pumice.arch.probe import Lab, is_linear, widths
 from pumice.arch.trace import Call
 from pumice.arch.units import Rows, Unit
 
@@ -50,6 +50,8 @@ def read(block: nn.Module, call: Call | None) -> Reading:
     reading.ffns, reading.refused["ffn"] = _split(find_ffns(lab, width))
     downs = {ffn.parts["down"].linear for ffn in reading.ffns}
     reading.heads, reading.refused["heads"] = _split(find_heads(lab, width, downs))
+    if lab.shares and reading.heads:
+        reading.heads, reading.refused["heads"] = [], "blocks after it read its keys and values"
     _explain(reading)
     _read_linears(lab, reading)
     return reading
@@ -71,8 +73,10 @@ def _explain(reading: Reading) -> None:
 
 def _read_experts(lab: Lab, reading: Reading) -> None:
     for name, module in lab.module.named_modules():
-        if (layout := fused(module)) is None:
-            if any(p.dim() == 3 and "expert" in type(module).__name__.lower() for p in module.parameters(False)):
+        layout = fused(module)
+        named = "expert" in type(module).__name__.lower() and any(True for _ in module.parameters())
+        if layout is None:
+            if named and not any(is_linear(part) for part in module.modules()):
                 reading.refused[name] = "its experts are not two 3-D parameters that fit together"
             continue
         calls = _calls_of(lab, module)
@@ -80,7 +84,7 @@ def _read_experts(lab: Lab, reading: Reading) -> None:
         parts = None if why else expert_roles(module, lab.noise)
         if parts:
             reading.experts.append(Experts(name, layout, parts))
-        else:
+        elif named:
             reading.refused[name] = why or "its neurons are not made by rows of their own"
 
 
@@ -100,13 +104,13 @@ def _calls_of(lab: Lab, module: nn.Module) -> tuple:
 def _read_linears(lab: Lab, reading: Reading) -> None:
     """Every linear in call order, without the routers."""
     routers = set(_routers(lab, reading))
-    for name in [*lab.order, *(name for name in lab.linears if name not in lab.reads)]:
+    for name in [*lab.order, *(name for name in lab.linears if name not in lab.order)]:
         if name in routers:
             reading.refused[name] = "a router: it chooses experts and stays dense"
+        elif name in lab.odd:
+            reading.refused[name] = f"{type(lab.linears[name]).__name__} does not compute x Wᵀ + b"
         elif name not in lab.reads:
             reading.refused[name] = "a forward on text alone does not call it"
-        elif not lab.computes_linear(name):
-            reading.refused[name] = f"{type(lab.linears[name]).__name__} does not compute x Wᵀ + b"
         else:
             reading.linears[name] = lab.reads[name]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,9 +51,15 @@ def hidden_of(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output[0]
 
 
-def rebuild(output: Any, hidden: Tensor) -> Any:
-    """`hidden` in the structure of `output`: the tensor itself, or a tuple whose other places are None."""
-    return hidden if isinstance(output, Tensor) else type(output)([hidden] + [None] * (len(output) - 1))
+def rebuild(output: Any, hidden: Tensor, *, keep: bool = False) -> Any:
+    """`hidden` in the structure of `output`: the tensor itself, or a tuple whose other places are None, or kept."""
+    if isinstance(output, Tensor):
+        return hidden
+    return type(output)([hidden, *(output[1:] if keep else [None] * (len(output) - 1))])
+
+
+class NotCalled(PumiceError):
+    """These modules are no part of a forward on text alone."""
 
 
 class _Stop(Exception):
@@ -157,7 +163,7 @@ def first_call(model: nn.Module, block: nn.Module, input_ids: Tensor, attention_
     with quiet(model), replaced([block], [note]):
         run_to_head(model, input_ids, attention_mask)
     if not seen:
-        raise PumiceError("A forward of the model on token ids never calls its first decoder block.")
+        raise NotCalled("A forward of the model on token ids never calls its first decoder block.")
     return seen[0]
 
 
@@ -167,10 +173,13 @@ def record(
     input_ids: Tensor,
     output: Any,
     attention_mask: Tensor | None = None,
+    *,
     change: Callable[[Tensor], Tensor] = Tensor.clone,
+    keep: bool = False,
 ) -> tuple[list[list[Call]], list[bool]]:
     """Each block's calls under stubs that return `change(hidden)` in the structure of `output`.
 
+    With `keep` the stubs return the rest of `output` too, for blocks that hand more than a hidden state on.
     The second list says of each block whether the hidden state that it got is the very tensor which the stub before
     it returned.
     """
@@ -185,7 +194,7 @@ def record(
             call = Call(args, kwargs, first_hidden(args, kwargs) if where is None else where)
             calls[index].append(call)
             last[:] = [change(call.hidden)]
-            return rebuild(output, last[0])
+            return rebuild(output, last[0], keep=keep)
 
         return forward
 
@@ -204,7 +213,7 @@ def trace(
 ) -> list[Call]:
     """One checked Call for each block: replaying them one after another is the model.
 
-    `output` is anything that a block returns (only its structure is read); without it block 0 is called once, which
+    `output` is anything that block 0 returns for a hidden state of any size; without it block 0 is called once, which
     needs its parameters in memory. Raises PumiceError where a replay would not be the model: a block that is not
     called or called twice, a hidden state that is changed between two blocks, and an argument that depends on the
     results of other blocks.
@@ -213,7 +222,9 @@ def trace(
         with quiet(model):
             output = first_call(model, blocks[0], input_ids, attention_mask)(blocks[0])
     calls, chained = record(model, blocks, input_ids, output, attention_mask)
-    noisy, _ = record(model, blocks, input_ids, output, attention_mask, lambda x: x + torch.randn_like(x))
+    noisy, _ = record(
+        model, blocks, input_ids, output, attention_mask, change=lambda x: x + torch.randn_like(x), keep=True
+    )
     for index, (mine, other) in enumerate(zip(calls, noisy, strict=True)):
         _check(index, mine, other, chained[index])
     _check_shared(calls)
@@ -238,7 +249,7 @@ def _check_shared(calls: list[list[Call]]) -> None:
     seen: dict[int, int] = {}
     for index, (call,) in enumerate(calls):
         for name, value in call.others().items():
-            if isinstance(value, dict | list) and not value and seen.setdefault(id(value), index) != index:
+            if isinstance(value, MutableMapping | list) and not value and seen.setdefault(id(value), index) != index:
                 raise PumiceError(f"Argument {name!r} of block {index} is a container that blocks share, so they "
                                   "cannot be run one by one.")  # fmt: skip
 
