@@ -191,3 +191,59 @@ def live(score: np.ndarray, sparsity: float) -> np.ndarray:
 
 def rank(score: np.ndarray) -> np.ndarray:
     return np.argsort(np.argsort(score, kind="stable"), kind="stable")
+
+
+@contextmanager
+def masked(model: nn.Module, family: str, sets: dict[str, np.ndarray], border: int | list[int]) -> Iterator[None]:
+    """While open, the dead units of each row are zero from position `border` on; for forwards without a cache.
+
+    `sets`: live units [rows, units] by FFN. Where a batch has more rows, each one is repeated (beams).
+    """
+    shape: list[int] = []  # rows and positions of this forward
+
+    def dead_of(key: str) -> Tensor:
+        rows, width = shape
+        live = torch.from_numpy(sets[key]).repeat_interleave(rows // len(sets[key]), dim=0)
+        first = torch.as_tensor(border).reshape(-1).expand(len(sets[key])).repeat_interleave(rows // len(sets[key]))
+        return ~live[:, None, :] & (torch.arange(width)[None] >= first[:, None])[..., None]  # [rows, width, units]
+
+    def note_shape(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        shape[:] = (args[0] if args else kwargs["input"]).shape[:2]
+
+    def zero(key: str) -> Callable:
+        def hook(module: nn.Module, args: tuple) -> tuple:
+            a = args[0]
+            return (torch.where(dead_of(key).reshape(*a.shape), 0, a),)
+
+        return hook
+
+    def experts(key: str, module: nn.Module) -> Callable:
+        def forward(hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+            out = torch.zeros_like(hidden)
+            for expert in range(module.gate_up_proj.shape[0]):
+                tokens, _, a = expert_tensors(module, hidden, index, expert)
+                if f"{key}[{expert}]" in sets:
+                    a = torch.where(dead_of(f"{key}[{expert}]").flatten(0, 1)[tokens], 0, a)
+                share = (weights * (index == expert)).sum(-1)[tokens]
+                out[tokens] += share[:, None] * (a @ module.down_proj[expert].T)
+            return out
+
+        return forward
+
+    handles = [model.get_input_embeddings().register_forward_pre_hook(note_shape, with_kwargs=True)]
+    replaced = []
+    for name, block in blocks(model, family):
+        down = DOWN.get(family, "mlp.down_proj")
+        ffn = f"{name}.{down.rpartition('.')[0] or 'ffn'}"
+        if ffn in sets:
+            handles.append(block.get_submodule(down).register_forward_pre_hook(zero(ffn)))
+        for key, module in experts_in(block).items():
+            module.forward = experts(f"{name}.{key}", module)
+            replaced.append(module)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in replaced:
+            del module.forward

@@ -32,7 +32,7 @@ from pumice.errors import PumiceError
 from pumice.forms import Form, Mask, Slim
 from pumice.hub.save import ShardWriter
 from pumice.plan import Plan, fingerprint, fingerprint_model, tensor_digest
-from pumice.runtime.attach import applied, attach
+from pumice.runtime.attach import applied, attach, check_unspliced
 from pumice.sites import Block, Site
 
 __all__ = ["applied", "attach", "load", "sparsify", "sparsify_folder"]
@@ -73,6 +73,7 @@ def sparsify(
     A run that was killed goes on at the block it had reached, with a bit-identical result (`resume=False` to restart).
     """
     methods = recipe.read(method)
+    check_unspliced(model)
     base = {"name": name or getattr(model, "name_or_path", "") or type(model).__name__}
     base["fingerprint"] = fingerprint_model(model)
     text: Windows | None = None

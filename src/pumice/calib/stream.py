@@ -70,7 +70,7 @@ def stream(
             replays.hidden = [state.to(replays.valid.device) for state in hidden]
     if first == len(arch.blocks):
         return forms
-    bar = tqdm(desc=title, unit="block", initial=first, total=len(arch.blocks))
+    bar = tqdm(desc=title, unit="block", initial=first, total=len(arch.blocks), leave=False)
     with bar, quiet(model):  # in evaluation mode: dropout would be measured too
         for block in arch.blocks[first:]:
             source.load(block.module, block.name)
@@ -140,7 +140,8 @@ def _start(model: nn.Module, arch: Arch, windows: Windows | None, source: Source
         output, groups = None, []
         device = model.get_input_embeddings().weight.device
         for ids, valid in zip(windows.ids.split(rows), windows.valid.split(rows), strict=True):
-            ids, mask = ids.to(device), None if bool(valid.all()) else valid.long().to(device)
+            ids, valid = ids.to(device), valid.to(device)
+            mask = None if bool(valid.all()) else valid.long()
             if output is None:  # the structure that a block returns
                 output = first_call(model, first.module, ids[:1])(first.module)
             groups.append((valid, trace(model, modules, ids, mask, output=output)))

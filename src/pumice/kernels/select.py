@@ -6,6 +6,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from pumice.disk import cache_dir, write
+from pumice.errors import PumiceError
 
 SPREAD = 96 << 20  # bytes that the timed matrices cover together, so that no cache holds them between two calls
 
@@ -32,8 +34,9 @@ def measured(key: str, measure: Callable[[], dict]) -> dict:
     if key not in table:
         table[key] = measure()
         path = _path()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, lambda part: part.write_text(json.dumps(table, indent=1)))
+        with suppress(OSError, PumiceError):  # a cache that cannot be written is measured again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(path, lambda part: part.write_text(json.dumps(table, indent=1)))
     return table[key]
 
 

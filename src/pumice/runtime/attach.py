@@ -7,6 +7,8 @@ with applied(model, plan): ...         child tables are exchanged and put back, 
 from __future__ import annotations
 
 import functools
+import inspect
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,14 +19,15 @@ from torch import Tensor, nn
 
 from pumice.arch.detect import Arch, detect
 from pumice.errors import PumiceError
-from pumice.forms import Mask, Slim
+from pumice.forms import Mask, Select, Slim, Static, Uniform
 from pumice.plan import Plan, fingerprint_model
 from pumice.runtime.modules import Selection, splice_experts, splice_select, splice_slim
-from pumice.runtime.state import State, follow, past_length, state_of
+from pumice.runtime.state import State, cache_in, follow, past_length, state_of
 from pumice.runtime.step import Step, make_step
 from pumice.sites import Site, owner
 
 Exec = Literal["reference", "fast"]
+_keys = itertools.count()
 
 
 @dataclass(eq=False)
@@ -40,10 +43,17 @@ class Runtime:
     border: int | Tensor | None = None  # where the prompts end, as a cache position; None: not said
     prompt_mask: Tensor | None = None  # [B, P], of a generate call whose forwards see no 2-D mask
     selections: dict[str, Selection] = field(default_factory=dict)
+    key: int = field(default_factory=lambda: next(_keys))  # under which a cache holds this runtime's state
+    arguments: tuple[str, ...] = ()  # of the model's forward
 
     @property
     def fast(self) -> bool:
         return self.exec == "fast"
+
+    @property
+    def spliced(self) -> bool:
+        """Whether parts of the model run in another way than their weights alone say."""
+        return bool(self.plan.select) or any(isinstance(form, Slim) for form in self.plan.weights.values())
 
     @contextmanager
     def phase(self, prompt: int | Tensor | None, mask: Tensor | None = None) -> Iterator[None]:
@@ -54,20 +64,29 @@ class Runtime:
         finally:
             self.border, self.prompt_mask = before
 
+    def __deepcopy__(self, memo: dict) -> Runtime:
+        if self.spliced:
+            raise PumiceError(
+                "a model that selects or removes units cannot be copied, since its parts run as those of the original. "
+                "Copy its base and attach the plan to the copy."
+            )
+        return self
+
     # ---- hooks of the whole model -----------------------------------------------------------------------------------
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Make the Step of this forward."""
         if torch.compiler.is_compiling():
             raise PumiceError("a plan that selects per prompt cannot be traced by torch.compile; run it uncompiled.")
-        tokens = kwargs.get("input_ids") if not args else args[0]
-        tokens = kwargs.get("inputs_embeds") if tokens is None else tokens
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
         if tokens is None:
             raise PumiceError("the model was called without input_ids or inputs_embeds; pass one by name.")
         batch, new = tokens.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = given.get("past_key_values")
         past = past_length(cache)
-        valid = self._valid(kwargs.get("attention_mask"), batch, new, past, tokens.device)
+        valid = self._valid(given.get("attention_mask"), batch, new, past, tokens.device)
         state = self._state(cache, past)
         self.step = make_step(valid, past, self.border, state)
         if self.step.any_stat:
@@ -76,24 +95,23 @@ class Runtime:
         state.seen = past + new
 
     def after(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
-        """A cache that the model made itself takes this forward's state."""
-        cache = getattr(output, "past_key_values", None)
-        if cache is not None and self.step is not None and state_of(cache, id(self)) is None:
-            follow(cache, id(self), self.step.state)
+        """A cache that the model made itself takes this forward's state. Called after an exception too."""
+        cache = cache_in(output)
+        if cache is not None and self.step is not None and state_of(cache, self.key) is None:
+            follow(cache, self.key, self.step.state)
         self.step = None
 
     def _state(self, cache, past: int) -> State:
         if cache is None:
             return State()
-        state = state_of(cache, id(self))
-        if state is not None and past > 0:
-            return state
-        if past > 0 and self.selections:
+        state = state_of(cache, self.key) if past > 0 else follow(cache, self.key, State())
+        seen = 0 if state is None else state.seen
+        if seen != past:
             raise PumiceError(
-                f"the cache holds {past} positions that ran outside this plan, so their prompt was not observed. "
-                "Start with an empty cache inside the plan."
+                f"the cache holds {past} positions, of which {past - seen} ran outside this plan, so their prompt was "
+                "not observed. Start with an empty cache inside the plan."
             )
-        return follow(cache, id(self), State())
+        return state
 
     def _valid(self, mask: Tensor | None, batch: int, new: int, past: int, device: torch.device) -> Tensor:
         if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -112,6 +130,7 @@ class Runtime:
 
 def attach(model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measured", check: bool = True) -> nn.Module:
     """A twin of `model` that runs `plan` and shares every tensor that it leaves alone; `twin.pumice` is its Runtime."""
+    check_unspliced(model)
     arch = detect(model)
     if check:
         check_base(model, plan)
@@ -125,10 +144,12 @@ def applied(
     model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measured", check: bool = True
 ) -> Iterator[Runtime]:
     """Run `plan` on the model itself; on leaving, every child and parameter is the object that it was."""
+    check_unspliced(model)
     arch = detect(model)
     if check:
         check_base(model, plan)
     before = [(module, _tables(module)) for module in model.modules()]
+    ours = {name: model.__dict__[name] for name in ("generate", "pumice") if name in model.__dict__}
     runtime = Runtime(plan=plan, arch=arch, exec=exec, kernels=kernels)
     try:
         _install(model, runtime)
@@ -139,10 +160,11 @@ def applied(
                 module.__dict__[name] = table
         for name in ("generate", "pumice"):
             model.__dict__.pop(name, None)
+        model.__dict__.update(ours)
 
 
 def _tables(module: nn.Module) -> dict:
-    names = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks")
+    names = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
     names += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
     return {name: module.__dict__[name].copy() for name in names}
 
@@ -167,12 +189,12 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
     write_masks(model, {name: sites[name] for name in masks}, masks)
     for name, form in plan.weights.items():
         if isinstance(form, Slim):
-            _exchange(model, splice_slim(_gatherable(sites[name]), form, model.get_submodule))
+            _check_slim(sites[name], form)
+            _exchange(model, splice_slim(sites[name], form, model.get_submodule))
     fused: dict[str, dict[str, Selection]] = {}
     for name, form in plan.select.items():
         site = sites[name]
-        if form.units != site.units:
-            raise PumiceError(f"the plan selects among {form.units} units at {name}, but the model has {site.units}.")
+        _check_select(site, form, plan)
         selection = Selection(site, form, runtime, gatherable=site.kind == "ffn" and site.expert is None)
         runtime.selections[name] = selection
         if site.expert is not None or site.kind == "experts":
@@ -185,8 +207,9 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
         whole = next((s for s in selections.values() if s.site.kind == "experts"), None)
         _exchange(model, {module: splice_experts(model.get_submodule(module), neurons, whole)})
     if plan.select:
+        runtime.arguments = tuple(inspect.signature(model.forward).parameters)
         model.register_forward_pre_hook(runtime.before, with_kwargs=True)
-        model.register_forward_hook(runtime.after, with_kwargs=True)
+        model.register_forward_hook(runtime.after, with_kwargs=True, always_call=True)
         model.__dict__["generate"] = functools.partial(_generate, model, runtime)
     model.__dict__["pumice"] = runtime
 
@@ -197,10 +220,35 @@ def _site(arch: Arch, name: str) -> Site:
     return arch.sites[name]
 
 
-def _gatherable(site: Site) -> Site:
+def check_unspliced(model: nn.Module) -> None:
+    """Refuse a model whose parts already run in another way than their weights say."""
+    other = getattr(model, "pumice", None)
+    if other is not None and other.spliced:
+        raise PumiceError(
+            "the model already runs a plan that selects or removes units. Start from the model without it; two plans "
+            "are joined by `plan.merge(other)`."
+        )
+
+
+def _check_select(site: Site, form: Select, plan: Plan) -> None:
+    if form.units != site.units:
+        raise PumiceError(f"the plan selects among {form.units} units at {site.name}, but the model has {site.units}.")
+    if site.kind == "linear":
+        raise PumiceError(f"{site.name} is a single matrix: Select decides units of kind ffn, heads or experts so far.")
+    if site.kind == "experts" and not isinstance(form.score, (Static, Uniform)):
+        raise PumiceError(
+            f"{site.name}: experts have no activations of their own before they run, so {type(form.score).__name__} "
+            "has nothing to measure there. Use a Static score."
+        )
+    if isinstance(plan.weights.get(site.name), Slim):
+        raise PumiceError(f"the plan both removes units of {site.name} (Slim) and selects among them. Leave one out.")
+
+
+def _check_slim(site: Site, form: Slim) -> None:
     if site.kind != "ffn" or site.expert is not None:
         raise PumiceError(f"{site.name}: Slim is only known for FFN neurons so far; this site is of kind {site.kind}.")
-    return site
+    if form.units != site.units or bool(((form.kept < 0) | (form.kept >= site.units)).any()):
+        raise PumiceError(f"Slim at {site.name} keeps some of {form.units} units, but the model has {site.units}.")
 
 
 def _exchange(model: nn.Module, replacements: dict[str, nn.Module]) -> None:
@@ -213,6 +261,8 @@ def write_masks(model: nn.Module, sites: dict[str, Site], masks: dict[str, Mask]
     """Put masked copies of the parameters in the modules' tables; the originals stay as they are."""
     written: dict[str, Tensor] = {}
     for name, form in masks.items():
+        if sites[name].kind != "linear":
+            raise PumiceError(f"{name} is of kind {sites[name].kind}; a Mask is for one matrix. Name its matrices.")
         view = sites[name].parts["weight"].view
         if view.parameter not in written:
             written[view.parameter] = model.get_parameter(view.parameter).detach().clone()
@@ -240,16 +290,15 @@ def check_base(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _generate(model: nn.Module, runtime: Runtime, inputs=None, *args, **kwargs):
-    """`generate`, which says where the prompt ends: at the tokens that it is given."""
-    ids = inputs if inputs is not None else kwargs.get("input_ids")
+def _generate(model: nn.Module, runtime: Runtime, *args, **kwargs):
+    """`generate`, which says where the prompt ends: at the tokens that it is given. Its steps are not compiled."""
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     if ids is not None:
         border = ids.shape[1]
     elif kwargs.get("inputs_embeds") is not None:
         border = past_length(kwargs.get("past_key_values")) + kwargs["inputs_embeds"].shape[1]
     else:
         border = 1  # generation from the start token alone
-    if inputs is not None:
-        kwargs["inputs"] = inputs
+    kwargs.setdefault("disable_compile", True)
     with runtime.phase(border, kwargs.get("attention_mask")):
         return type(model).generate(model, *args, **kwargs)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from pumice.arch.experts import expert_forward
+from pumice.errors import PumiceError
 from pumice.forms import Select, Slim, drop
 from pumice.kernels.gather import Gathered, gather_in, gather_out
 from pumice.kernels.select import gather_pays
@@ -23,12 +25,9 @@ if TYPE_CHECKING:
 
 
 def respliced(module: nn.Module, forward: Callable) -> nn.Module:
-    """A shallow copy that shares every parameter, child and hook with `module`, but runs `forward`."""
+    """A shallow copy that shares the tables of parameters, children and hooks with `module`, but runs `forward`."""
     twin = module.__class__.__new__(module.__class__)
-    twin.__dict__ = {**module.__dict__}
-    for table in ("_parameters", "_buffers", "_modules"):
-        twin.__dict__[table] = dict(module.__dict__[table])
-    twin.__dict__["forward"] = forward
+    twin.__dict__ = {**module.__dict__, "forward": forward}
     return twin
 
 
@@ -44,18 +43,26 @@ class Selection:
     chosen: Tensor | None = None  # the set that `gathered` holds
     gathered: dict[str, Gathered] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        self.consumer = self.site.matrix(self.site.out_role)  # [out, units·width]
+    @cached_property
+    def consumer(self) -> Tensor:
+        """The matrix that reads the units, [out, units·width]."""
+        return self.site.matrix(self.site.out_role)
 
     # ---- choosing ---------------------------------------------------------------------------------------------------
 
     def state(self, step: Step, device: torch.device) -> SiteState:
+        rows = step.shape[0]
         if self.site.name not in step.state.sites:
-            rows = step.shape[0]
             step.state.sites[self.site.name] = SiteState(
                 statistic=torch.zeros(rows, self.form.units, device=device), count=torch.zeros(rows, device=device)
             )
-        return step.state.sites[self.site.name]
+        state = step.state.sites[self.site.name]
+        if len(state.count) != rows:
+            raise PumiceError(
+                f"the cache's state has {len(state.count)} sequences, but {rows} are given. Change the rows of a cache "
+                "by its own methods (batch_repeat_interleave, batch_select_indices), which take the state along."
+            )
+        return state
 
     def observe(self, activations: Tensor, step: Step) -> None:
         """Add the prompt tokens of [B, T, units·width] to the running statistic; the old choice is void."""
@@ -71,9 +78,7 @@ class Selection:
         """The live units of every row, bool [B, units], chosen at the first token that asks."""
         state = self.state(step, device)
         if state.live is None:
-            state.live = self.form.choose(state.statistic, state.count, self.site.name)
-            if bool((state.live == state.live[:1]).all()):
-                state.one_set = state.live[0].nonzero().flatten()
+            state.take(self.form.choose(state.statistic, state.count, self.site.name))
         return state.live
 
     # ---- running ----------------------------------------------------------------------------------------------------
@@ -106,13 +111,14 @@ class Selection:
             self.gathered[module] = gather_in(self.site, module, units)
         self.chosen = units
 
-    def count(self, step: Step, how: str, live: Tensor | None = None) -> None:
+    def count(self, how: str, stat: Tensor, sparse: Tensor, live: Tensor | None = None) -> None:
+        """Note tokens: `stat` and `sparse`, bool of any one shape, and the live units that the sparse ones had."""
         if not self.runtime.counting:
             return
-        sparse = int((step.sparse & step.valid).sum())
-        self.counter.dense += int(step.stat.sum())
-        setattr(self.counter, how, getattr(self.counter, how) + sparse)
-        self.counter.live += sparse * (live.float().mean().item() if live is not None else 0.0)
+        tokens = int(sparse.sum())
+        self.counter.dense += int(stat.sum())
+        setattr(self.counter, how, getattr(self.counter, how) + tokens)
+        self.counter.live += tokens * live.float().mean().item() if tokens else 0.0
 
     def edit(self, activations: Tensor) -> Tensor:
         """What enters the consuming matrix, [B·T or B, T, units·width]: counted where prompt, masked where sparse."""
@@ -123,10 +129,10 @@ class Selection:
         if step.any_stat:
             self.observe(a, step)
         if not step.any_sparse:
-            self.count(step, "masked")
+            self.count("masked", step.stat, step.sparse)
             return activations
         live = self.live(step, a.device)
-        self.count(step, "masked", live)
+        self.count("masked", step.stat, step.sparse & step.valid, live)
         return drop(a, live, step.sparse.to(a.device)).reshape(activations.shape)
 
 
@@ -144,7 +150,8 @@ def splice_select(selection: Selection, get: Callable[[str], nn.Module]) -> dict
     def out_forward(dense: Callable) -> Callable:
         def forward(a: Tensor, *args, **kwargs) -> Tensor:
             if a.shape[-1] != selection.consumer.shape[1]:
-                selection.count(selection.runtime.step, "fast", selection.live(selection.runtime.step, a.device))
+                step = selection.runtime.step
+                selection.count("fast", step.stat, step.sparse & step.valid, selection.live(step, a.device))
                 return selection.gathered[out_name](a)
             return dense(selection.edit(a), *args, **kwargs)
 
@@ -188,7 +195,7 @@ def _edit_routed(selection: Selection, tokens: Tensor, a: Tensor) -> Tensor:
     if step is None:
         return a
     rows = tokens // step.shape[1]
-    stat, sparse = (mask.to(a.device).flatten()[tokens] for mask in (step.stat, step.sparse))
+    stat, sparse, valid = (m.to(a.device).flatten()[tokens] for m in (step.stat, step.sparse, step.valid))
     state = selection.state(step, a.device)
     if step.any_stat and bool(stat.any()):
         z = selection.form.statistic(a[:, None], stat[:, None].float())  # one token a row
@@ -196,17 +203,23 @@ def _edit_routed(selection: Selection, tokens: Tensor, a: Tensor) -> Tensor:
         state.count = state.count.index_add(0, rows, stat.float())
         state.live = state.one_set = None
     if not step.any_sparse:
+        selection.count("masked", stat, sparse)
         return a
     live = selection.live(step, a.device)
+    selection.count("masked", stat, sparse & valid, live)
     return a.masked_fill(sparse[:, None] & ~live[rows], 0)
 
 
 def _mask_experts(selection: Selection, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Routing weights [N, k] with the dead experts at zero."""
     step = selection.runtime.step
-    if step is None or not step.any_sparse:
+    if step is None:
+        return weights
+    if not step.any_sparse:
+        selection.count("masked", step.stat, step.sparse)
         return weights
     live = selection.live(step, weights.device)
+    selection.count("masked", step.stat, step.sparse & step.valid, live)
     rows = torch.arange(index.shape[0], device=index.device) // step.shape[1]
     dead = ~live[rows[:, None], index] & step.sparse.to(weights.device).flatten()[:, None]
     return weights.masked_fill(dead, 0)

@@ -23,6 +23,12 @@ class SiteState:
     live: Tensor | None = None  # bool [B, units]
     one_set: Tensor | None = None  # int64 [k] where every row has the same set: what can be gathered once
 
+    def take(self, live: Tensor) -> None:
+        """Note a choice; a set that all rows shared before stays the same object, so that it is not gathered again."""
+        self.live = live
+        if self.one_set is None and len(live) and bool((live == live[:1]).all()):
+            self.one_set = live[0].nonzero().flatten()
+
 
 @dataclass
 class State:
@@ -35,7 +41,8 @@ class State:
     def rows(self, pick: Callable[[Tensor], Tensor]) -> None:
         for site in self.sites.values():
             site.statistic, site.count = pick(site.statistic), pick(site.count)
-            site.live = None if site.live is None else pick(site.live)
+            if site.live is not None:
+                site.take(pick(site.live))
 
     def crop(self, length: int) -> None:
         if length < self.prompt:
@@ -97,6 +104,12 @@ def follow(cache, owner: int, state: State) -> State:
 
 def state_of(cache, owner: int) -> State | None:
     return cache.pumice.get(owner) if isinstance(cache, Following) else None
+
+
+def cache_in(output):
+    """The cache that a model returns, in an output with names or in a tuple."""
+    held = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
+    return next((item for item in held if hasattr(item, "get_seq_length")), None)
 
 
 def past_length(cache) -> int:
