@@ -45,6 +45,7 @@ def _zeros(loaded, arch, plan) -> dict:
     return {
         "weights": names.get(found, "other"),
         "fingerprint": found,
+        "masked_matrices": len(masks),
         "masked_weights": sum(form.shape[0] * form.shape[1] for form in masks.values()),
         "planned_zeros": sum(form.removed for form in masks.values()),
         "zeros": sum(stored.values()),
@@ -85,4 +86,5 @@ def _print_inspection(data: dict) -> None:
         )
     if data["sites_with_too_few_zeros"]:
         lost = data["sites_with_too_few_zeros"]
-        page.print(f"zeros were lost at {len(lost)} sites: {', '.join(lost[:5])}. Fine-tuned without the mask?")
+        matrices = f"{len(lost)} of {data['masked_matrices']} matrices"
+        page.print(f"zeros were lost in {matrices}: {', '.join(lost[:5])}. Fine-tuned without the mask?")

@@ -197,7 +197,7 @@ def run() -> None:
         sys.argv.remove("--debug")
     try:
         with _plain_warnings():
-            code = app(standalone_mode=False)
+            code = app(prog_name="pumice", standalone_mode=False)
     except UsageError as error:
         error.show()
         sys.exit(error.exit_code)

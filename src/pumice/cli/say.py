@@ -33,7 +33,7 @@ def print_rows(rows: list, name: str) -> None:
         return
     from pumice.report.tables import comparison, verdicts
 
-    sheet.print(comparison(rows, f"{name}, decoding one token at a time"))
+    sheet.print(comparison(rows, f"{name}, decoding one token at a time", sheet.width))
     for line in verdicts(rows):
         page.print(line)
 

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from pumice import registry
 
-DECIDED = {"static": "once, for the weights", "prompt": "once a prompt", "token": "once a token"}
+DECIDED = {"static": "once", "prompt": "per prompt", "token": "per token"}
+WHERE = "Every method also takes `where`: the sites that it decides, as a glob over their names or `re:` and a regex."
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -32,8 +33,9 @@ class Card:
         return DECIDED.get(self.decides, self.decides)
 
     @property
-    def defaults(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+    def defaults(self) -> list[str]:
+        """`name=value` of its own settings, without the `where` that every method has."""
+        return [f"{name}={value}" for name, value in self.settings.items() if name != "where"]
 
     def summary(self) -> dict:
         return {**vars(self), "settings": {name: _plain(value) for name, value in self.settings.items()}}
@@ -71,12 +73,12 @@ def about(docstring: str) -> str:
 
 def table() -> Table:
     """For a terminal."""
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    found.add_column("method", no_wrap=True)
-    for column in ("decided", "what it does", "settings and defaults", "arXiv"):
-        found.add_column(column, overflow="fold")
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", caption=WHERE)
+    found.caption_style, found.caption_justify = "", "left"
+    for column in ("method", "decided", "what it does", "settings", "arXiv"):
+        found.add_column(column, no_wrap=column not in ("what it does", "settings"), overflow="fold")
     for card in cards():
-        found.add_row(card.name, card.decided, card.about, card.defaults, card.arxiv or "")
+        found.add_row(card.name, card.decided, card.about, "\n".join(card.defaults), card.arxiv or "")
     return found
 
 
@@ -86,7 +88,7 @@ def markdown() -> str:
     for card in cards():
         if card.decides in DECIDED:
             link = f"[`{card.name}`](docs/methods/{card.name}.md)"
-            settings = ", ".join(f"`{name}={value}`" for name, value in card.settings.items())
+            settings = ", ".join(f"`{default}`" for default in card.defaults)
             paper = f"[{card.arxiv}](https://arxiv.org/abs/{card.arxiv})" if card.arxiv else ""
             cells = [link, card.decided, card.about, settings, paper]
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")

@@ -24,16 +24,16 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def comparison(rows: list[Row], title: str) -> Table:
+def comparison(rows: list[Row], title: str, width: int = 80) -> Table:
     """The side-by-side table. `vs dense` is measured; `bytes allow` is the ratio of bytes read, the bound.
 
-    At 80 columns only the name of a model may wrap; a column with nothing in it is left out.
+    It fits 80 columns; a column with nothing in it is left out.
     """
     table = Table(
         title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False
     )
-    table.pad_edge, table.padding = False, (0, 1, 0, 0)
-    table.add_column("model", vertical="bottom", min_width=8)
+    table.pad_edge, table.padding = False, (0, int(width >= 90), 0, 0)
+    table.add_column("model", overflow="fold")
     filled = {name: cell for name, cell in COLUMNS.items() if any(cell(row) for row in rows)}
     for name in filled:
         table.add_column(name, justify="right", no_wrap=True)
