@@ -51,15 +51,18 @@ def detect(model: nn.Module) -> Arch:
     Raises PumiceError where no decoder blocks or no linear site can be found. What is not understood inside a block
     is listed in `Block.refused` with the reason.
     """
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise PumiceError(f"{type(model).__name__} is not a Hugging Face language model: it has no config.")
     prefix, blocks, calls = decoder_blocks(model)
     readings: dict[tuple, Reading] = {}
     for block, call in zip(blocks, calls, strict=True):
-        if (key := structure(block)) not in readings:
+        if call is not None and (key := structure(block)) not in readings:
             with quiet(block):
                 readings[key] = read(block, call)
+    uncalled = Reading(refused={"": "a forward on text alone does not call this block"})
     builder = Builder(model)
-    built = (builder.block(i, f"{prefix}.{i}", b, readings[structure(b)]) for i, b in enumerate(blocks))
-    arch = Arch(tuple(built))
+    arch = Arch(tuple(builder.block(index, f"{prefix}.{index}", block, readings.get(structure(block), uncalled))
+                      for index, block in enumerate(blocks)))  # fmt: skip
     if not arch.of_kind("linear"):
         why = "; ".join(f"{name}: {reason}" for name, reason in list(arch.refused.items())[:4])
         raise PumiceError(f"No linear layer could be read in the {len(blocks)} blocks {prefix!r}. {why}")

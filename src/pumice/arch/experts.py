@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from pumice.arch.probe import close
+from pumice.arch.probe import close, is_affine
 from pumice.arch.units import Rows
 
 Point = Literal["in", "mid"]
@@ -160,7 +160,7 @@ def _named(module: nn.Module, z: Tensor, units: int, parts: list[Rows]) -> dict[
         return activate(module, other)
 
     def affine(part: Rows) -> bool:
-        return close(scaled(part, 2.0) + scaled(part, 0.0), 2 * scaled(part, 1.0))
+        return is_affine(lambda factor: scaled(part, factor))
 
     first, second = parts
     if affine(first) and not affine(second):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from pumice.arch.probe import Lab, close, widths
+from pumice.arch.probe import Lab, close, is_affine, widths
 from pumice.arch.units import Rows, Unit, common
 
 
@@ -125,7 +125,7 @@ def roles(lab: Lab, down: str, rows: list[Rows]) -> dict[str, Rows]:
 
 
 def affine(lab: Lab, down: str, part: Rows) -> bool:
-    """a(2z) + a(0) = 2 a(z) in the rows z of one part."""
+    """Whether the neurons are affine in the rows of one part."""
     size = widths(lab.linears[down])[1]
     rows = part.index(torch.arange(size))
 
@@ -137,7 +137,7 @@ def affine(lab: Lab, down: str, part: Rows) -> bool:
 
         return lab.run({part.linear: edit}, stop=down).inputs[down]
 
-    return close(scaled(2.0) + scaled(0.0), 2 * scaled(1.0))
+    return is_affine(scaled)
 
 
 def cannot_narrow(lab: Lab, down: str, parts: dict[str, Rows], size: int) -> str:

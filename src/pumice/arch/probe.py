@@ -41,6 +41,12 @@ def close(one: Tensor, two: Tensor, tolerance: float = 1e-4) -> bool:
     return one.shape == two.shape and bool((one - two).abs().max() <= tolerance * (1e-6 + two.abs().max()))
 
 
+def is_affine(scaled: Callable[[float], Tensor]) -> bool:
+    """Whether f(c·z) = f(0) + c·(f(z) - f(0)), from one c beyond and below zero, where ReLU is not."""
+    zero, one = scaled(0.0), scaled(1.0)
+    return close(scaled(-2.0) - zero, -2 * (one - zero))
+
+
 def to_float(value: Any, device: torch.device) -> Any:
     """Nested arguments with their floating tensors in fp32."""
     if isinstance(value, Tensor):

@@ -36,10 +36,8 @@ class Reading:
     refused: dict[str, str] = field(default_factory=dict)
 
 
-def read(block: nn.Module, call: Call | None) -> Reading:
-    """Probe one block with its own call; None for a block that a forward on text alone does not reach."""
-    if call is None:
-        return Reading(refused={"": "a forward on text alone does not call this block"})
+def read(block: nn.Module, call: Call) -> Reading:
+    """Probe one block with its own call."""
     try:
         lab = Lab.of(block, call)
     except Exception as error:  # any family's code may fail here; the user is told which block and why

@@ -89,7 +89,7 @@ def replaced(modules: Sequence[nn.Module], forwards: Sequence[Callable]) -> Iter
         yield
     finally:
         for module, forward in zip(modules, before, strict=True):
-            del module.__dict__["forward"]
+            module.__dict__.pop("forward", None)
             if forward is not None:
                 module.__dict__["forward"] = forward
 
@@ -141,7 +141,9 @@ def _meta(module: nn.Module) -> list[str]:
 
 def _random_embedding(table: nn.Embedding) -> Callable:
     generator = torch.Generator().manual_seed(0)
-    return lambda ids: torch.randn(*ids.shape, table.embedding_dim, generator=generator, dtype=table.weight.dtype)
+    return lambda ids, *_, **__: torch.randn(
+        *ids.shape, table.embedding_dim, generator=generator, dtype=table.weight.dtype
+    )
 
 
 def first_hidden(args: tuple, kwargs: dict[str, Any]) -> int | str:
