@@ -30,6 +30,12 @@ class Mask:
     pattern: str = "free"  # how the budget was counted: row, free, N:M
     values: Tensor | None = None  # [out, in]
 
+    def __post_init__(self) -> None:
+        rows, columns = self.shape
+        if self.bits.numel() != -(-rows * columns // 8):
+            raise PumiceError(f"a mask of {rows}×{columns} weights cannot have {self.bits.numel()} bytes of keep bits.")
+        object.__setattr__(self, "shape", (rows, columns))
+
     @classmethod
     def keeping(cls, keep: Tensor, pattern: object = "free", values: Tensor | None = None) -> Mask:
         """The mask that keeps where `keep`, bool [out, in], says so."""
@@ -223,6 +229,20 @@ Form = Mask | Slim | Select
 TYPES = {t.__name__: t for t in (Mask, Slim, Select, PromptNorm, Static, RankFusion, Uniform, TopK, Sample)}
 
 
+def collector(tensors: dict[str, Tensor]):
+    """A `put` for `encode` that fills `tensors` as safetensors wants them: contiguous, and no two in one memory."""
+    held: set[int] = set()
+
+    def put(key: str, tensor: Tensor) -> str:
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[key] = tensor.clone() if place in held else tensor
+        held.add(place)
+        return key
+
+    return put
+
+
 def encode(value, put, key: str):
     """A form as plain data; `put(key, tensor)` takes its tensors."""
     if isinstance(value, Tensor):
@@ -239,6 +259,7 @@ def decode(data, get):
         return data
     if "tensor" in data:
         return get(data["tensor"])
-    if data.get("type") not in TYPES:
-        raise PumiceError(f"the plan holds a form {data.get('type')!r} that this version of pumice does not know.")
-    return TYPES[data["type"]](**{name: decode(item, get) for name, item in data.items() if name != "type"})
+    known = TYPES.get(str(data.get("type")))
+    if known is None:
+        raise PumiceError(f"it holds a form {data.get('type')!r}, which this version of pumice does not know.")
+    return known(**{name: decode(item, get) for name, item in data.items() if name != "type"})

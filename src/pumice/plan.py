@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pumice.disk import write
 from pumice.errors import PumiceError
-from pumice.forms import Mask, Select, Slim, decode, encode
+from pumice.forms import Mask, Select, Slim, collector, decode, encode
 
 VERSION = 1
 JSON, TENSORS = "pumice.json", "pumice.safetensors"
@@ -80,11 +80,7 @@ class Plan:
     def save(self, folder: str | Path) -> None:
         """Write `pumice.json` and `pumice.safetensors` into an existing folder, each under a temporary name first."""
         tensors: dict[str, Tensor] = {}
-
-        def put(key: str, tensor: Tensor) -> str:
-            tensors[key] = tensor.detach().cpu().contiguous()
-            return key
-
+        put = collector(tensors)
         data = {
             "pumice": VERSION,
             "base": self.base,
@@ -97,7 +93,8 @@ class Plan:
         }
         folder = Path(folder)
         write(folder / TENSORS, lambda path: save_file(tensors, path))
-        write(folder / JSON, lambda path: path.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n"))
+        text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+        write(folder / JSON, lambda path: path.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, folder: str | Path) -> Plan:
@@ -128,7 +125,9 @@ class Plan:
                 base=data["base"],
                 measurements=data["measurements"],
             )
-        except (KeyError, TypeError, AttributeError) as error:
+        except PumiceError as error:
+            raise PumiceError(f"{folder / JSON}: {error}") from error
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PumiceError(
                 f"{folder / JSON} is damaged: it lacks or misspells {error}. Make it again with `pumice sparsify`."
             ) from error
@@ -138,13 +137,15 @@ def read_json(folder: Path) -> dict:
     """The JSON half of a plan, checked for being one."""
     path = Path(folder) / JSON
     try:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise PumiceError(
             f"{folder} is no sparse model folder: it has no {JSON}. Make one with `pumice sparsify`."
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PumiceError(f"{path} is damaged ({error}). Make the plan again.") from error
+    except OSError as error:
+        raise PumiceError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(data, dict) or data.get("pumice") != VERSION:
         found = data.get("pumice") if isinstance(data, dict) else None
         raise PumiceError(f"{path} has plan version {found!r}; this pumice reads version {VERSION}.")
@@ -161,11 +162,21 @@ SAMPLES = 1024  # values per tensor: every fine-tuning changes some of them
 
 
 def tensor_digest(name: str, tensor: Tensor) -> bytes:
-    """A digest of a tensor's name, shape and 1024 spread values, rounded to bf16 so that fp32 and bf16 loads agree."""
+    """A digest of a tensor's name, shape and 1024 spread values, rounded to bf16 so that fp32 and bf16 loads agree.
+
+    The values lie at steps of the golden ratio, which no row or column length divides: a change of 1 % of a tensor is
+    seen if it is one run, some rows or some columns, and one of single values with a probability above 0.9999.
+    """
     flat = tensor.detach().reshape(-1)
-    spread = torch.linspace(0, max(flat.numel() - 1, 0), min(SAMPLES, flat.numel()), dtype=torch.float64).long()
-    values = flat[spread.to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()
+    values = flat[_spread(flat.numel()).to(flat.device)].to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes()
     return hashlib.sha256(f"{name}|{tuple(tensor.shape)}|".encode() + values).digest()
+
+
+def _spread(n: int) -> Tensor:
+    """Which of `n` values are read: all of a few, else 1024."""
+    if n <= SAMPLES:
+        return torch.arange(n)
+    return (torch.arange(SAMPLES, dtype=torch.float64) * 0.6180339887498949 % 1 * n).long()
 
 
 def fingerprint(digests: Iterable[bytes]) -> str:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pumice.disk import write
-from pumice.forms import Form, decode, encode
+from pumice.errors import PumiceError
+from pumice.forms import Form, collector, decode, encode
 
 
 class Journal:
@@ -27,36 +28,38 @@ class Journal:
 
     def write(self, block: int, forms: dict[str, Form], hidden: list[Tensor]) -> None:
         """Record a finished block, then forget the hidden states of the block before."""
-        tensors: dict[str, Tensor] = {f"hidden/{i}": state.contiguous() for i, state in enumerate(hidden)}
-
-        def put(key: str, tensor: Tensor) -> str:
-            tensors[key] = tensor.detach().cpu().contiguous()
-            return key
-
+        tensors: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {}
+        put, put_state = collector(tensors), collector(state)
         data = json.dumps({name: encode(form, put, name) for name, form in forms.items()})
-        state = {key: tensors.pop(key) for key in list(tensors) if key.startswith("hidden/")}
+        for i, rows in enumerate(hidden):
+            put_state(f"hidden/{i}", rows)
         write(self._hidden(block), lambda path: save_file(state or {"none": torch.zeros(1)}, path))
         write(self._forms(block), lambda path: save_file(tensors or {"none": torch.zeros(1)}, path, {"forms": data}))
         self._hidden(block - 1).unlink(missing_ok=True)
 
     def resume(self) -> tuple[dict[str, Form], int, list[Tensor]]:
         """Forms of the finished blocks, the first block to do, and the hidden states that enter it."""
+        try:
+            forms, block = self._finished()
+            return forms, block, self._entering(block) if block else []
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, PumiceError):
+            return {}, 0, []  # damaged, as after a power cut: begin again
+
+    def _finished(self) -> tuple[dict[str, Form], int]:
         forms: dict[str, Form] = {}
         block = 0
         while self._forms(block).exists():
-            try:
-                with safe_open(self._forms(block), "pt") as file:
-                    stored = json.loads(file.metadata()["forms"])
-                    forms |= {name: decode(data, file.get_tensor) for name, data in stored.items()}
-            except (SafetensorError, OSError):
-                break
+            with safe_open(self._forms(block), "pt") as file:
+                stored = json.loads(file.metadata()["forms"])
+                forms |= {name: decode(data, file.get_tensor) for name, data in stored.items()}
             block += 1
-        if block == 0 or not self._hidden(block - 1).exists():
-            return {}, 0, []
+        return forms, block
+
+    def _entering(self, block: int) -> list[Tensor]:
         with safe_open(self._hidden(block - 1), "pt") as file:
-            keys = sorted((key for key in file.keys() if key != "none"), key=lambda key: int(key.rpartition("/")[2]))  # noqa: SIM118
-            hidden = [file.get_tensor(key) for key in keys]
-        return forms, block, hidden
+            count = sum(key != "none" for key in file.keys())  # noqa: SIM118
+            return [file.get_tensor(f"hidden/{i}") for i in range(count)]
 
     def finish(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
