@@ -8,6 +8,7 @@ with plan.applied(model):
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
 import re
 import warnings
@@ -114,7 +115,7 @@ def sparsify_folder(
         raise PumiceError("a model larger than memory takes one method at a time; run the recipe's entries in turn.")
     source = Shards(folder)
     text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos) if one.needs else None
-    run = str((recipe.describe(one), text.protocol if text else None))
+    run = str((recipe.describe(one), _identity(text)))
     writer = ShardWriter(folder, out, run=run, resume=resume)
     journal = Journal(writer.partial)  # beside the shards it speaks of, so that neither is found without the other
     watched = _Digesting(source, journal.folder / "digests.json")
@@ -179,8 +180,7 @@ def _solve(model, method, text: Windows | None, source: Source, base: dict, jour
         verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
 
     def solve(site: Site, stats: SiteStats) -> Form | None:
-        if site.kind == "linear":
-            _check_finite(site)
+        _check_finite(site)
         return method.solve(site, stats)
 
     forms = stream(
@@ -206,8 +206,16 @@ def _solve(model, method, text: Windows | None, source: Source, base: dict, jour
 
 
 def _journal(method, text: Windows | None, base: dict, before: list) -> Journal:
-    protocol = text.protocol if text is not None else None
-    return Journal(cache_dir(), base["fingerprint"], before, recipe.describe(method), protocol, torch.__version__)
+    return Journal(
+        cache_dir(), base["fingerprint"], before, recipe.describe(method), _identity(text), torch.__version__
+    )
+
+
+def _identity(text: Windows | None) -> tuple | None:
+    """What tells one calibration text from another: how it was drawn, its tokens, and which of them count."""
+    if text is None:
+        return None
+    return text.protocol, *(hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in (text.ids, text.valid))
 
 
 def choose_sites(arch: Arch, method: Any) -> list[Site]:
@@ -239,9 +247,9 @@ def _windows(data, tokenizer, **settings) -> Windows:
 
 
 def _check_finite(site: Site) -> None:
-    weight = site.matrix().detach()
-    bad = int((~torch.isfinite(weight)).sum())
-    if bad:
+    views = {part.view for part in site.parts.values()}
+    weights = (view.of(site.root.get_parameter(view.parameter)).detach() for view in views)
+    if bad := sum(int((~torch.isfinite(weight)).sum()) for weight in weights):
         raise PumiceError(
             f"{site.name} (block {site.block}) holds {bad} weights that are NaN or infinite. The file is damaged, or "
             "the model was trained into overflow: get a sound copy before pruning it."
