@@ -48,6 +48,8 @@ def perplexity(
     runtime = getattr(model, "pumice", None)
     if prompt is None and runtime is not None and runtime.plan.select:
         raise PumiceError(f"this plan selects per prompt: say how many of the window's {length} tokens are the prompt.")
+    if not bool(windows.valid.all()):
+        raise PumiceError("perplexity is of windows that are text throughout; these hold padding. Cut them anew.")
     device = next(model.parameters()).device
     losses = []
     with tqdm(total=len(windows.ids), desc=title, unit="window", leave=False) as bar:
@@ -78,7 +80,7 @@ def combine(losses: list[float], tokens: int, protocol: dict) -> Perplexity:
     n = len(losses)
     mean = math.fsum(losses) / n
     variance = math.fsum((loss - mean) ** 2 for loss in losses) / max(n - 1, 1)
-    value = math.exp(min(mean, 700.0)) if math.isfinite(mean) else math.nan
+    value = math.exp(min(mean, 700.0)) if math.isfinite(mean) else mean
     error = value * math.sqrt(variance / n) if n > 1 else math.nan
     return Perplexity(perplexity=value, standard_error=error, losses=tuple(losses), tokens=tokens, protocol=protocol)
 

@@ -108,13 +108,13 @@ def decode_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def _gathered(model: nn.Module) -> dict[str, int]:
-    """Bytes of the gathered matrix that stands in for each parameter."""
+    """Bytes of the smaller matrix and bias that stand in for each parameter."""
     runtime = getattr(model, "pumice", None)
     sizes: dict[str, int] = {}
-    for selection in runtime.selections.values() if runtime is not None else ():
-        for part in selection.site.parts.values():
-            if part.module in selection.gathered:
-                sizes[part.view.parameter] = Store(selection.gathered[part.module].weight).bytes
+    for module, gathered in runtime.stand_ins().items() if runtime is not None else ():
+        sizes[f"{module}.weight"] = Store(gathered.weight).bytes
+        if gathered.bias is not None:
+            sizes[f"{module}.bias"] = Store(gathered.bias).bytes
     return sizes
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from pumice.arch.detect import Arch, detect
 from pumice.errors import PumiceError
 from pumice.forms import Mask, Select, Slim, Static, Uniform
+from pumice.kernels.gather import Gathered
 from pumice.plan import Plan, fingerprint_model
-from pumice.runtime.modules import Selection, splice_experts, splice_select, splice_slim
+from pumice.runtime.modules import Selection, gather, splice_experts, splice_select, splice_slim
 from pumice.runtime.state import State, cache_in, follow, past_length, state_of
 from pumice.runtime.step import Step, make_step
 from pumice.sites import Site, owner
@@ -43,6 +44,7 @@ class Runtime:
     border: int | Tensor | None = None  # where the prompts end, as a cache position; None: not said
     prompt_mask: Tensor | None = None  # [B, P], of a generate call whose forwards see no 2-D mask
     selections: dict[str, Selection] = field(default_factory=dict)
+    slim: dict[str, Gathered] = field(default_factory=dict)  # matrices of FFNs that have only some neurons, by module
     key: int = field(default_factory=lambda: next(_keys))  # under which a cache holds this runtime's state
     arguments: tuple[str, ...] = ()  # of the model's forward
 
@@ -71,6 +73,11 @@ class Runtime:
                 "Copy its base and attach the plan to the copy."
             )
         return self
+
+    def stand_ins(self) -> dict[str, Gathered]:
+        """The smaller matrices that run at present in place of a module's own, by module."""
+        chosen = (selection.gathered for selection in self.selections.values())
+        return functools.reduce(dict.__or__, chosen, self.slim)
 
     # ---- hooks of the whole model -----------------------------------------------------------------------------------
 
@@ -190,7 +197,8 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
     for name, form in plan.weights.items():
         if isinstance(form, Slim):
             _check_slim(sites[name], form)
-            _exchange(model, splice_slim(sites[name], form, model.get_submodule))
+            runtime.slim |= gather(sites[name], form.kept)
+    _exchange(model, splice_slim(runtime.slim, model.get_submodule))
     fused: dict[str, dict[str, Selection]] = {}
     for name, form in plan.select.items():
         site = sites[name]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pumice.arch.experts import expert_forward
 from pumice.errors import PumiceError
-from pumice.forms import Select, Slim, drop
+from pumice.forms import Select, drop
 from pumice.kernels.gather import Gathered, gather_in, gather_out
 from pumice.kernels.select import gather_pays
 from pumice.runtime.counters import Counter
@@ -105,10 +105,7 @@ class Selection:
     def gather(self, units: Tensor) -> None:
         """Copy the rows and columns of `units`, once per prompt; the copy before is freed first."""
         self.gathered.clear()
-        part = self.site.parts[self.site.out_role]
-        self.gathered[part.module] = gather_out(self.site, units)
-        for module in {self.site.parts[role].module for role in self.site.in_roles}:
-            self.gathered[module] = gather_in(self.site, module, units)
+        self.gathered.update(gather(self.site, units))
         self.chosen = units
 
     def count(self, how: str, stat: Tensor, sparse: Tensor, live: Tensor | None = None) -> None:
@@ -164,12 +161,14 @@ def splice_select(selection: Selection, get: Callable[[str], nn.Module]) -> dict
     return replaced
 
 
-def splice_slim(site: Site, form: Slim, get: Callable[[str], nn.Module]) -> dict[str, nn.Module]:
+def gather(site: Site, units: Tensor) -> dict[str, Gathered]:
+    """The matrices of an FFN that has only `units`, by module."""
+    into = {name: gather_in(site, name, units) for name in {site.parts[role].module for role in site.in_roles}}
+    return {site.parts[site.out_role].module: gather_out(site, units), **into}
+
+
+def splice_slim(gathered: dict[str, Gathered], get: Callable[[str], nn.Module]) -> dict[str, nn.Module]:
     """Replacements for an FFN that has only the kept neurons, for every token."""
-    kept = form.kept
-    out = site.parts[site.out_role].module
-    gathered = {out: gather_out(site, kept)}
-    gathered |= {name: gather_in(site, name, kept) for name in {site.parts[role].module for role in site.in_roles}}
     return {name: respliced(get(name), weights.__call__) for name, weights in gathered.items()}
 
 
