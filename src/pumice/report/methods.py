@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rich import box
 from rich.table import Table
@@ -80,6 +80,26 @@ def table() -> Table:
     for card in cards():
         found.add_row(card.name, card.decided, card.about, "\n".join(card.defaults), card.arxiv or "")
     return found
+
+
+VALUES = {
+    "sparsity": "the fraction removed, 0 … 1",
+    "pattern": "`row`, `free`, or `N:M` with N kept of M",
+    "where": "a glob over names of sites, or `re:` and a regular expression",
+}
+KINDS = {float: "a number", int: "a whole number", bool: "`true` or `false`", str: "text"}
+
+
+def settings(name: str) -> str:
+    """The settings of one method as a Markdown table."""
+    cls = registry.get(name)
+    hints = get_type_hints(cls)
+    lines = ["| setting | default | values |", "|---|---|---|"]
+    for field in fields(cls):
+        choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
+        values = ", ".join(f"`{choice}`" for choice in choices) or VALUES.get(field.name)
+        lines.append(f"| `{field.name}` | `{field.default}` | {values or KINDS.get(type(field.default), '')} |")
+    return "\n".join(lines)
 
 
 def markdown() -> str:

@@ -70,7 +70,8 @@ def verdicts(rows: list[Row]) -> list[str]:
     for row in rows:
         if row.perplexity and row.dense_perplexity and not row.perplexity.perplexity < 2 * row.dense_perplexity:
             ratio = row.perplexity.perplexity / row.dense_perplexity
-            lines.append(f"{row.name}: broken. Perplexity is {ratio:,.1f} times that of dense on the same tokens.")
+            what = f"{ratio:,.1f} times that of dense on the same tokens" if ratio < math.inf else number(ratio)
+            lines.append(f"{row.name}: broken. Perplexity is {what}.")
     return lines
 
 

@@ -1,0 +1,133 @@
+"""Fill the parts of the documentation that are made from the code and from committed results.
+
+    python docs/fill.py                 README.md and every page of docs/
+    python docs/fill.py docs/why.md     these files
+
+What stands between `<!-- methods -->`, `<!-- settings wanda -->` or `<!-- figures wanda -->` and its closing mark is
+replaced. `tests/test_docs.py` holds every file to what this script writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+from pumice.report.methods import markdown, settings
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench" / "results"
+BLOCK = re.compile(r"(<!-- (methods|settings|figures) ?(\w*) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
+SCRIPTS = {
+    "griffin": "`bench/griffin_speed.py` and `bench/prompt_level.py`",
+    "static_topk": "`bench/prompt_level.py`",
+    "glass": "`bench/prompt_level.py`",
+    "wanda": "`bench/larger_than_memory.py`",
+    "magnitude": "`pumice demo`, in its table",
+}
+
+
+def filled(text: str) -> str:
+    """The text with every block made anew."""
+    makers = {"methods": lambda _: markdown(), "settings": settings, "figures": figures}
+    return BLOCK.sub(lambda found: f"{found[1]}{makers[found[2]](found[3])}\n{found[5]}", text)
+
+
+def figures(name: str) -> str:
+    """What the committed results say of a method, each table with the command that made it."""
+    tables = [*_speed(name), *_prompt_level(name), *_streamed(name)]
+    return "\n\n".join(tables) or f"None is committed yet. Measured by {SCRIPTS[name]}."
+
+
+def _read(file: str) -> dict | None:
+    path = RESULTS / file
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return f"{title}\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _on(machine: dict) -> str:
+    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+
+
+def _speed(name: str) -> list[str]:
+    data = _read("griffin_speed.json")
+    runs = data["runs"] if data else []
+    runs = [run for run in runs if run["recipe"][0]["method"] == name]
+    if not runs:
+        return []
+    title = (
+        f"`python bench/griffin_speed.py`: {runs[0]['model']}, prompt of {runs[0]['prompt']} tokens, {runs[0]['new']} "
+        f"decoded, medians of {runs[0]['repeats']} runs in turn; {_on(runs[0]['machine'])}."
+    )
+    rows = [
+        [run["dtype"], f"{run['sparsity']:.4f}", f"{run['speedup']:.2f}×", f"{run['bytes_bound']:.2f}×"] for run in runs
+    ]
+    return [_table(title, ["dtype", "sparsity", "decode against dense", "bytes allow"], rows)]
+
+
+def _prompt_level(name: str) -> list[str]:
+    data = _read("prompt_level.json")
+    rows = [row for row in data["rows"] if row["method"] == name] if data else []
+    if not rows:
+        return []
+    protocol, dense = data["protocol"], data["rows"][0]
+    title = (
+        f"`python bench/prompt_level.py`: smollm2 on {protocol['source']}, {protocol['windows']} windows of "
+        f"{protocol['window']} tokens, the first {data['prompt']} of each being the prompt; dense "
+        f"{dense['perplexity']:.2f} ± {dense['standard_error']:.2f}; {_on(data['machine'])}."
+    )
+    known = {"method", "sparsity", "perplexity", "ratio", "ratio_95", "achieved_sparsity", "standard_error"}
+    cells = []
+    for row in rows:
+        chosen = ", ".join(f"`{key}={value}`" for key, value in row.items() if key not in known) or "defaults"
+        low, high = row["ratio_95"]
+        ratio = f"{row['ratio']:.2f}× [{low:.2f}, {high:.2f}]"
+        cells.append([chosen, f"{row['achieved_sparsity']:.4f}", f"{row['perplexity']:.2f}", ratio])
+    return [_table(title, ["settings", "sparsity", "perplexity", "over dense, 95 % interval"], cells)]
+
+
+def _streamed(name: str) -> list[str]:
+    if name != "wanda":
+        return []
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("larger_than_memory_*.json"))]
+    found = [
+        run for run in found if run["shape"] != "tiny"
+    ]  # smaller than Python itself: it shows that the script runs
+    if not found:
+        return []
+    title = (
+        "`python bench/larger_than_memory.py`: a random Llama pruned to 50 % from its shards, "
+        f"{found[0]['calibration_tokens']} calibration tokens; {_on(found[0]['machine'])}."
+    )
+    rows = [
+        [
+            run["shape"],
+            f"{run['checkpoint_bytes'] / 1e9:.2f} GB",
+            f"{run['peak_resident_bytes'] / 1e9:.2f} GB",
+            f"{run['seconds']:.0f} s",
+        ]
+        for run in sorted(found, key=lambda run: run["checkpoint_bytes"])
+    ]
+    return [_table(title, ["shape", "checkpoint", "peak resident memory", "time"], rows)]
+
+
+def pages() -> list[Path]:
+    """README.md and every page of docs/."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def main(names: list[str]) -> None:
+    for path in [Path(name) for name in names] or pages():
+        text = path.read_text()
+        if (new := filled(text)) != text:
+            path.write_text(new)
+            print(f"filled {path}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
