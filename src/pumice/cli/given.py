@@ -55,14 +55,14 @@ def quiet_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def open_model(name: str, dtype: str | None = None, *, sound: bool = True):
+def open_model(name: str, dtype: str | None = None, device: str = "cpu", *, sound: bool = True):
     """The base of MODEL, its tokenizer, and its plan (None for a dense model); `sound` refuses weights with NaN."""
     quiet_libraries()
     from pumice.hub.models import load
     from pumice.plan import Plan
 
     with note.status(f"loading {name}"):
-        loaded = load(name, dtype=dtype)
+        loaded = load(name, dtype=dtype, device=_device(device))
         bad = not_finite(loaded.model) if sound else {}
     if bad:
         first, more = next(iter(bad)), f" and {len(bad) - 1} more tensors" if len(bad) > 1 else ""
@@ -71,6 +71,19 @@ def open_model(name: str, dtype: str | None = None, *, sound: bool = True):
             "model overflowed in training: get a sound copy. `pumice inspect` counts them all."
         )
     return loaded, Plan.load(loaded.plan) if loaded.plan else None
+
+
+def _device(name: str) -> str:
+    """`auto` is the accelerator where there is one; a device that is not there is an error that names those that are."""
+    import torch
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    here = ["cpu", *([found.type] if found else [])]
+    if name == "auto":
+        return here[-1]
+    if name.partition(":")[0] not in here:
+        raise PumiceError(f"there is no device {name!r} here; there is {' and '.join(here)}.")
+    return name
 
 
 def not_finite(model) -> dict[str, int]:

@@ -36,6 +36,7 @@ Window = Annotated[int, typer.Option(min=2, help="tokens in a window")]
 Seed = Annotated[int, typer.Option(help="seed of the calibration windows, and of a method that draws")]
 Bos = Annotated[bool, typer.Option("--bos", help="begin every window with the BOS token")]
 Dtype = Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: as stored")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, …; auto: an accelerator where there is one")]
 Exec = Annotated[str, typer.Option(help="fast, or reference: the exact form of every method")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON object on stdout; everything else on stderr")]
 Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
@@ -74,6 +75,7 @@ def sparsify(
     seed: Seed = 0,
     bos: Bos = False,
     dtype: Dtype = None,
+    device: Device = "auto",
     stream: Annotated[bool, typer.Option("--stream", help="one block in memory: for models larger than it")] = False,
     measure: Annotated[bool, typer.Option(help="end with dense and sparse side by side")] = True,
     resume: Annotated[bool, typer.Option(help="go on where a killed run was")] = True,
@@ -88,7 +90,9 @@ def sparsify(
     if stream:
         verbs.sparsify_folder(model, steps, out, text, dtype=dtype, resume=resume, as_json=json)
     else:
-        verbs.sparsify(model, steps, out, text, dtype=dtype, measure=measure, resume=resume, as_json=json)
+        verbs.sparsify(
+            model, steps, out, text, dtype=dtype, device=device, measure=measure, resume=resume, as_json=json
+        )
 
 
 @app.command(name="eval", short_help="Perplexity, with its error and its protocol.")
@@ -102,6 +106,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="tokens of each window that are prompt; the rest is scored")
     ] = None,
     dtype: Dtype = None,
+    device: Device = "auto",
     exec: Exec = "fast",
     json: Json = False,
 ) -> None:
@@ -109,7 +114,7 @@ def evaluate(
     from pumice.cli import verbs
 
     text = {"data": data, "windows": windows, "window": window, "bos": bos}
-    verbs.evaluate(model, text, prompt=prompt, dtype=dtype, execution=exec, as_json=json)
+    verbs.evaluate(model, text, prompt=prompt, dtype=dtype, device=device, execution=exec, as_json=json)
 
 
 @app.command(context_settings=METHOD_FLAGS, short_help="Speed of dense and sparse, in turn.")
@@ -126,6 +131,7 @@ def bench(
     new: Annotated[int, typer.Option(min=1, help="tokens to decode in each run")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="runs of each model, in turn")] = 5,
     dtype: Dtype = None,
+    device: Device = "auto",
     exec: Exec = "fast",
     json: Json = False,
 ) -> None:
@@ -136,7 +142,18 @@ def bench(
     named = method or recipe or context.args
     steps = methods_from(method, recipe, context.args, flags=_flags(context), seed=seed) if named else None
     text = {"data": data, "windows": windows, "window": window, "seed": seed, "bos": False}
-    verbs.bench(model, steps, text, prompt=prompt, new=new, repeats=repeats, dtype=dtype, execution=exec, as_json=json)
+    verbs.bench(
+        model,
+        steps,
+        text,
+        prompt=prompt,
+        new=new,
+        repeats=repeats,
+        dtype=dtype,
+        device=device,
+        execution=exec,
+        as_json=json,
+    )
 
 
 @app.command()
@@ -147,13 +164,16 @@ def generate(
     sample: Annotated[bool, typer.Option("--sample", help="sample instead of greedy")] = False,
     seed: Seed = 0,
     dtype: Dtype = None,
+    device: Device = "auto",
     exec: Exec = "fast",
     json: Json = False,
 ) -> None:
     """Go on from a prompt, and say how many units ran."""
     from pumice.cli import verbs
 
-    verbs.generate(model, prompt, new=new, sample=sample, seed=seed, dtype=dtype, execution=exec, as_json=json)
+    verbs.generate(
+        model, prompt, new=new, sample=sample, seed=seed, dtype=dtype, device=device, execution=exec, as_json=json
+    )
 
 
 @app.command()

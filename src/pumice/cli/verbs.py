@@ -20,13 +20,15 @@ def make_plan(loaded, methods: list[Any], text: dict, resume: bool = True):
     )
 
 
-def sparsify(model: str, methods: list[Any], out: str, text: dict, *, dtype, measure, resume, as_json: bool) -> None:
+def sparsify(
+    model: str, methods: list[Any], out: str, text: dict, *, dtype, device, measure, resume, as_json: bool
+) -> None:
     from pumice.calib.sources import check
     from pumice.hub.folder import check_target
 
     check_target(out)
     check(text["data"])
-    loaded, before = open_model(model, dtype)
+    loaded, before = open_model(model, dtype, device)
     refuse_sparse(model, before)
     check_length(loaded, text["window"], "--window")
     plan = make_plan(loaded, methods, text, resume)
@@ -91,7 +93,7 @@ def side_by_side(loaded, plans: dict, text: dict, *, prompt: int = 64, score: in
     )
 
 
-def evaluate(model: str, text: dict, *, prompt: int | None, dtype, execution: str, as_json: bool) -> None:
+def evaluate(model: str, text: dict, *, prompt: int | None, dtype, device, execution: str, as_json: bool) -> None:
     from pumice.api import attach
     from pumice.calib.data import tokens
     from pumice.calib.sources import check
@@ -101,7 +103,7 @@ def evaluate(model: str, text: dict, *, prompt: int | None, dtype, execution: st
 
     check_exec(execution)
     check(text["data"])
-    loaded, plan = open_model(model, dtype)
+    loaded, plan = open_model(model, dtype, device)
     check_length(loaded, text["window"], "--window")
     source = {**text}
     windows = tokens(source.pop("data"), loaded.tokenizer, order="sequential", split="test", **source)
@@ -121,14 +123,16 @@ def evaluate(model: str, text: dict, *, prompt: int | None, dtype, execution: st
     page.print(f"{scored}; {what}")
 
 
-def bench(model: str, methods, text: dict, *, prompt, new, repeats, dtype, execution: str, as_json: bool) -> None:
+def bench(
+    model: str, methods, text: dict, *, prompt, new, repeats, dtype, device, execution: str, as_json: bool
+) -> None:
     from pumice.calib.data import tokens
     from pumice.calib.sources import check
     from pumice.report.rows import machine, measure_rows
 
     check_exec(execution)
     check(text["data"])
-    loaded, plan = open_model(model, dtype)
+    loaded, plan = open_model(model, dtype, device)
     if (plan is None) == (methods is None):
         raise PumiceError(
             "bench compares dense with one sparse model: give a dense MODEL and --method, or a sparse folder alone."
@@ -178,7 +182,7 @@ def bench(model: str, methods, text: dict, *, prompt, new, repeats, dtype, execu
 
 
 def generate(
-    model: str, prompt: str, *, new: int, sample: bool, seed: int, dtype, execution: str, as_json: bool
+    model: str, prompt: str, *, new: int, sample: bool, seed: int, dtype, device, execution: str, as_json: bool
 ) -> None:
     import time
 
@@ -190,8 +194,8 @@ def generate(
     if not prompt:
         raise PumiceError("the prompt is empty; give some text with --prompt.")
     check_exec(execution)
-    loaded, plan = open_model(model, dtype)
-    inputs = loaded.tokenizer(prompt, return_tensors="pt")
+    loaded, plan = open_model(model, dtype, device)
+    inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
     check_length(loaded, inputs["input_ids"].shape[1] + new, "--new, or shorten the prompt")
     runner = attach(loaded.model, plan, exec=execution) if plan is not None else loaded.model
     torch.manual_seed(seed)
