@@ -74,7 +74,7 @@ def open_model(name: str, dtype: str | None = None, device: str = "cpu", *, soun
 
 
 def _device(name: str) -> str:
-    """`auto` is the accelerator where there is one; a device that is not there is an error that names those that are."""
+    """`auto` is the accelerator where there is one; a device that is not there is refused with those that are."""
     import torch
 
     found = torch.accelerator.current_accelerator(check_available=True)
