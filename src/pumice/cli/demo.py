@@ -53,7 +53,7 @@ def demo(ladder: str, out: str, as_json: bool) -> None:
         return emit(
             {
                 "rows": [row.summary() for row in rows],
-                "llama.cpp": peer,
+                "llamacpp": peer,
                 "protocol": dense[None].protocol,
                 "folders": {name: str(folder) for name, folder in folders.items()},
                 "seconds": seconds,
