@@ -17,12 +17,11 @@ def available() -> bool:
 def measure(path: Path, prompt: str, *, new: int = 32, repeats: int = 3, threads: int = 2) -> dict:
     """Median decode and prefill tokens/s of llama.cpp, greedy, batch 1, and its completion of `prompt`."""
     settings = {"path": str(path), "prompt": prompt, "new": new, "repeats": repeats, "threads": threads}
-    done = subprocess.run(
-        [sys.executable, "-m", "pumice.eval.llamacpp", json.dumps(settings)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    command = [sys.executable, "-m", "pumice.eval.llamacpp", json.dumps(settings)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    except subprocess.TimeoutExpired:
+        return {"error": "it did not end within 180 s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or ["it gave no reason"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
