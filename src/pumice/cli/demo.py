@@ -131,7 +131,9 @@ def _print(rows, peer, windows, folders, rungs, seconds: float) -> None:
         page.print("llama.cpp: not installed (`pip install xllamacpp` adds its row).")
     page.print(f"\nPerplexity: {windows.describe()}; ± is the standard error over windows. A prompt-level method is")
     page.print(f"scored on the second half of each window, its first {WINDOW // 2} tokens being the prompt: compare it")
-    page.print("with `dense ppl` of its own row. Sparsity is over FFN neurons (griffin, static_topk) or over the weights")
+    page.print(
+        "with `dense ppl` of its own row. Sparsity is over FFN neurons (griffin, static_topk) or over the weights"
+    )
     page.print("of the pruned matrices (wanda, magnitude): not the same thing, which is why bytes stand beside it.")
     page.print(f"\n{PROMPT} …", style="bold")
     for row in rows:
