@@ -194,7 +194,8 @@ def test_draws_are_proportional_to_the_score():
     odds = torch.tensor([[0.8, 0.1, 0.1, 0.0]])
     drawn = torch.zeros(4)
     for seed in range(2000):
-        drawn += Sample(sparsity=0.75).keep(odds, torch.Generator().manual_seed(seed))[0]
+        form = Select(score=PromptNorm(), cut=Sample(sparsity=0.75, seed=seed), units=4)
+        drawn += form.choose(odds.square(), torch.ones(1))[0]  # the statistic is a sum of squares
     assert torch.allclose(drawn / 2000, odds[0], atol=0.03)
     assert drawn[3] == 0
 

@@ -6,6 +6,7 @@ with applied(model, plan): ...         child tables are exchanged and put back, 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import itertools
@@ -298,15 +299,24 @@ def check_base(model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _generate(model: nn.Module, runtime: Runtime, *args, **kwargs):
+def _generate(model: nn.Module, runtime: Runtime, inputs=None, generation_config=None, *args, **kwargs):
     """`generate`, which says where the prompt ends: at the tokens that it is given. Its steps are not compiled."""
-    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    ids = inputs if inputs is not None else kwargs.get("input_ids")
     if ids is not None:
         border = ids.shape[1]
     elif kwargs.get("inputs_embeds") is not None:
         border = past_length(kwargs.get("past_key_values")) + kwargs["inputs_embeds"].shape[1]
     else:
         border = 1  # generation from the start token alone
-    kwargs.setdefault("disable_compile", True)
+    if generation_config is None:
+        kwargs.setdefault("disable_compile", True)
+    elif getattr(generation_config, "is_assistant", False):
+        raise PumiceError(
+            "a plan that selects per prompt cannot draft for another model: when a draft is turned down, the cache is "
+            "cut back into the prompt that chose the units. Give the sparse model an assistant instead."
+        )
+    else:  # a setting beside a config is deprecated
+        generation_config = copy.copy(generation_config)
+        generation_config.disable_compile = True
     with runtime.phase(border, kwargs.get("attention_mask")):
-        return type(model).generate(model, *args, **kwargs)
+        return type(model).generate(model, inputs, generation_config, *args, **kwargs)
