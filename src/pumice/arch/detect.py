@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pumice.arch.build import Builder
-from pumice.arch.probe import BATCH, TOKENS, Lab
+from pumice.arch.probe import BATCH, TOKENS, result_of
 from pumice.arch.read import Reading, read
 from pumice.arch.trace import Call, NotCalled, first_call, quiet, record, stand_ins
 from pumice.errors import PumiceError
@@ -101,16 +101,14 @@ def recorded(model: nn.Module, blocks: list[nn.Module]) -> list[Call | None]:
     """One call for each block, on random tokens; None for a block that a forward on text alone does not reach."""
     ids = token_ids(model)
     with stand_ins(model, blocks):
-        lab = Lab.of(blocks[0], first_call(model, blocks[0], ids))
-        with torch.no_grad():
-            output = lab.call(lab.module)
+        output = result_of(blocks[0], first_call(model, blocks[0], ids))
         calls, _ = record(model, blocks, ids, output, keep=True)
     return [mine[0] if mine else None for mine in calls]
 
 
 def token_ids(model: nn.Module) -> torch.Tensor:
     """The same random sentence in every row of a batch, so that rows differ only by what a probe does to them."""
-    table = model.get_input_embeddings().weight
+    table = next(model.get_input_embeddings().parameters())
     vocabulary = model.config.get_text_config().vocab_size
     row = torch.randint(3, vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
     return row.expand(BATCH, -1).to("cpu" if table.is_meta else table.device)

@@ -7,7 +7,7 @@ A neuron is confirmed by perturbation: changing unit u of an input matrix at tok
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,12 +23,12 @@ def scopes(name: str) -> Iterator[str]:
         yield f"{name}." if name else ""
 
 
-def find_ffns(lab: Lab, width: int) -> tuple[list[Unit], dict[str, str]]:
-    """The FFNs of a block of hidden size `width`, and why what looked like one is not."""
+def find_ffns(lab: Lab) -> tuple[list[Unit], dict[str, str]]:
+    """The FFNs of a block, and why what looked like one is not."""
     found: list[Unit] = []
     refused: dict[str, str] = {}
     for down in lab.order:
-        if widths(lab.linears[down])[0] != width:
+        if widths(lab.linears[down])[0] not in lab.streams:
             continue
         for inputs in candidates(lab, down):
             rows, why = confirm(lab, down, inputs)
@@ -47,7 +47,7 @@ def candidates(lab: Lab, down: str) -> Iterator[list[str]]:
     earlier = lab.order[: lab.order.index(down)]
     tried: set[str] = set()
     for scope in scopes(down):
-        inside = [name for name in earlier if name.startswith(scope) and name not in lab.repeated]
+        inside = [name for name in earlier if name.startswith(scope) and name in lab.held]
         inside = [name for name in inside if widths(lab.linears[name])[0] in (size, 2 * size)]
         if inside and set(inside) != tried:
             tried = set(inside)
@@ -71,10 +71,9 @@ def confirm(lab: Lab, down: str, candidates: list[str]) -> tuple[dict[str, Rows]
 
 def elementwise(lab: Lab, name: str, down: str, size: int) -> list[Rows]:
     """How the rows of `name` map to the neurons of `down`: one to one, two halves, interleaved, or not at all."""
-    base = lab.run(stop=down).inputs[down]
-    picked = (lab.noise(lab.shapes[name]) > 1).float()  # about one in six
-    noise = 3 * lab.noise(lab.shapes[name]) * picked
-    after = lab.run({name: lambda z: z + noise}, stop=down).inputs[down]
+    base, z = lab.inputs[down], lab.held[name]
+    picked = (lab.noise(z.shape) > 1).float()  # about one in six
+    after = lab.run(lab.held | {name: z + 3 * lab.noise(z.shape) * picked}, stop=down).inputs[down]
     if after.shape != base.shape or base.numel() // size < 4:
         return []
     changed = (after != base).reshape(-1, size)
@@ -98,20 +97,9 @@ def covers(picked: Tensor, changed: Tensor) -> bool:
 
 def closed(lab: Lab, down: str, rows: list[Rows]) -> bool:
     """The neurons depend on nothing but the rows: a gate on an attention's output passes `elementwise`, not this."""
-    names = [part.linear for part in rows]
-    kept: dict[str, Tensor] = {}
-    base = lab.run({name: keep(kept, name) for name in names}, stop=down).inputs[down]
     other = lab.call.with_hidden(lab.noise(lab.call.hidden.shape))
-    after = lab.run({name: lambda z, name=name: kept[name] for name in names}, stop=down, call=other).inputs[down]
-    return close(after, base)
-
-
-def keep(store: dict[str, Tensor], name: str) -> Callable[[Tensor], Tensor]:
-    def edit(z: Tensor) -> Tensor:
-        store[name] = z.clone()
-        return z
-
-    return edit
+    after = lab.run({part.linear: lab.held[part.linear] for part in rows}, stop=down, call=other).inputs
+    return down not in after or close(after[down], lab.inputs[down])  # the router may choose other experts
 
 
 def roles(lab: Lab, down: str, rows: list[Rows]) -> dict[str, Rows]:
@@ -130,12 +118,9 @@ def affine(lab: Lab, down: str, part: Rows) -> bool:
     rows = part.index(torch.arange(size))
 
     def scaled(factor: float) -> Tensor:
-        def edit(z: Tensor) -> Tensor:
-            z = z.clone()
-            z[..., rows] *= factor
-            return z
-
-        return lab.run({part.linear: edit}, stop=down).inputs[down]
+        z = lab.held[part.linear].clone()
+        z[..., rows] *= factor
+        return lab.run(lab.held | {part.linear: z}, stop=down).inputs[down]
 
     return is_affine(scaled)
 

@@ -18,12 +18,12 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from pumice.arch.probe import BATCH, TOKENS, Lab, widths
+from pumice.arch.probe import Lab, widths
 from pumice.arch.units import Rows, Unit, affine_rows, common
 
 LATE = 2  # a token with others before and after it
@@ -41,56 +41,49 @@ class Chunk:
     spread: int  # columns of `o` that it changes
 
 
-@dataclass
+@dataclass(frozen=True)
 class Watcher:
     """The input of one `o`, while every other linear of the block is held at its output."""
 
     lab: Lab
     o: str
-    frozen: dict[str, Tensor] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        before = self.lab.order[: self.lab.order.index(self.o)]
-        self.before = [name for name in before if name not in self.lab.repeated]
-        keep = {name: self._keep(name) for name in self.before}
-        self.base = self._shaped(self.lab.run(keep, stop=self.o).inputs[self.o])
+    @property
+    def before(self) -> list[str]:
+        """Linears that are called before `o`."""
+        return [name for name in self.lab.order[: self.lab.order.index(self.o)] if name in self.lab.held]
 
-    def _keep(self, name: str):
-        def edit(z: Tensor) -> Tensor:
-            self.frozen[name] = z
-            return z
-
-        return edit
+    @property
+    def base(self) -> Tensor:
+        return self._shaped(self.lab.inputs[self.o])
 
     def _shaped(self, x: Tensor) -> Tensor:
-        return x.reshape(BATCH, TOKENS, -1)
-
-    def change(self, name: str, z: Tensor, *, hold: bool = True) -> Tensor:
-        """How the input of `o` moves when linear `name` gives z [batch, token, out]; [batch, token, columns]."""
-        edits = {other: (lambda _, x=x: x) for other, x in self.frozen.items()} if hold else {}
-        edits[name] = lambda x: z.reshape(x.shape)
-        return self._shaped(self.lab.run(edits, stop=self.o).inputs[self.o]) - self.base
+        return x.reshape(*self.lab.grid, -1)
 
     def output(self, name: str) -> Tensor:
-        return self._shaped(self.frozen[name])
+        return self._shaped(self.lab.held[name])
+
+    def _held(self, name: str, z: Tensor) -> dict[str, Tensor]:
+        return self.lab.held | {name: z.reshape(self.lab.held[name].shape)}
+
+    def change(self, name: str, z: Tensor) -> Tensor:
+        """How the input of `o` moves when linear `name` gives z [batch, token, out]; [batch, token, columns]."""
+        return self._shaped(self.lab.run(self._held(name, z), stop=self.o).inputs[self.o]) - self.base
 
     def feeds(self, name: str) -> list[str]:
         """Linears before `o` whose input depends on `name`: then it is a low-rank factor and has no rows per head."""
         others = [other for other in self.before if other != name]
         z = self.output(name)
-        edits = {other: (lambda _, x=x: x) for other, x in self.frozen.items()}
-        edits[name] = lambda x: (z + self.lab.noise(z.shape)).reshape(x.shape)
-        base = self.lab.run(watch=others, stop=self.o).inputs
-        after = self.lab.run(edits, watch=others, stop=self.o).inputs
-        return [other for other in others if other in after and not torch.equal(after[other], base[other])]
+        seen = self.lab.run(self._held(name, z + self.lab.noise(z.shape)), watch=others, stop=self.o).inputs
+        return [other for other in others if other in seen and not torch.equal(seen[other], self.lab.inputs[other])]
 
 
-def find_heads(lab: Lab, width: int, downs: set[str]) -> tuple[list[Unit], dict[str, str]]:
-    """The attentions of a block of hidden size `width`, and why what mixes tokens otherwise is not one."""
+def find_heads(lab: Lab, downs: set[str]) -> tuple[list[Unit], dict[str, str]]:
+    """The attentions of a block, and why what mixes tokens otherwise is not one; `downs` end its FFNs."""
     found: list[Unit] = []
     refused: dict[str, str] = {}
     for o in lab.order:
-        if o in downs or o in lab.repeated or widths(lab.linears[o])[0] != width:
+        if o in downs or o in lab.repeated or widths(lab.linears[o])[0] not in lab.streams:
             continue
         watcher = _watcher(lab, o)
         sources = _sources(watcher) if watcher else []
@@ -105,7 +98,7 @@ def find_heads(lab: Lab, width: int, downs: set[str]) -> tuple[list[Unit], dict[
 
 
 def _watcher(lab: Lab, o: str) -> Watcher | None:
-    if lab.shapes[o].numel() != BATCH * TOKENS * widths(lab.linears[o])[0]:
+    if lab.outputs[o].numel() != math.prod(lab.grid) * widths(lab.linears[o])[0]:
         return None  # routed tokens: an expert
     watcher = Watcher(lab, o)
     return watcher if watcher.base.shape[-1] == widths(lab.linears[o])[1] else None
@@ -115,8 +108,8 @@ def _sources(watcher: Watcher) -> list[str]:
     """Linears that reach the input of `o` through no other linear."""
     found = []
     for name in watcher.before:
-        z = watcher.frozen[name]
-        if z.numel() != BATCH * TOKENS * z.shape[-1]:
+        z = watcher.lab.held[name]
+        if z.numel() != math.prod(watcher.lab.grid) * z.shape[-1]:
             continue
         z = watcher.output(name)
         if (watcher.change(name, z + watcher.lab.noise(z.shape)) != 0).any():
@@ -126,9 +119,14 @@ def _sources(watcher: Watcher) -> list[str]:
 
 def _attention(watcher: Watcher, sources: list[str]) -> tuple[Unit | None, str]:
     lab, o = watcher.lab, watcher.o
+    beside = [name for name in lab.odd if name.rpartition(".")[0] == o.rpartition(".")[0]]
+    if beside:
+        return None, f"{beside[0]} beside it does not compute x Wᵀ + b"
     size = head_chunk(lab.module, [o, *sources], watcher.base.shape[-1])
+    if not size and _mixes(watcher, sources):
+        return None, "no attribute of its module tells the number of its heads; set `num_heads` or `head_dim` on it"
     if not size:
-        return None, "no attribute of its module tells the number or the size of its heads"
+        return None, ""
     chunks = [chunk for name in sources if not watcher.feeds(name) for chunk in _chunks(watcher, name, size)]
     chunks = _settled(watcher, chunks)
     kinds = {chunk.role for chunk in chunks}
@@ -182,8 +180,9 @@ def _chunks(watcher: Watcher, name: str, size: int) -> list[Chunk]:
     step = math.gcd(size, rows) if rows > 2 * size else 1  # a few rows: one for each head perhaps
     starts = list(range(0, rows, step))
     found = []
-    for first in range(0, len(starts), BATCH):
-        group = starts[first : first + BATCH]
+    batch = watcher.lab.grid[0]
+    for first in range(0, len(starts), batch):
+        group = starts[first : first + batch]
         first_token, late, twice = (
             watcher.change(name, _rolled(z, group, step, token, factor))
             for token, factor in ((0, 1.0), (LATE, 1.0), (LATE, 2.0))
@@ -287,7 +286,7 @@ def _unit(watcher: Watcher, chunks: list[Chunk], groups: list[list[int]], size: 
     columns = affine_rows(o, [[c * size + i for c in group for i in range(size)] for group in groups])
     if columns is None:
         return None, "the columns of one KV group do not lie side by side at equal distances"
-    if len(groups[0]) > 2 and all(len(c.columns) == len(owner) for c in chunks if c.role == "q"):
+    if len(groups) == 1 < len(owner) - 1 and any(2 * len(c.columns) > len(owner) for c in chunks if c.role == "q"):
         return None, "its heads are mixed before it (a norm over all of them)"
     parts: dict[str, Rows] = {}
     for (role, linear), rows in _rows(chunks, owner).items():

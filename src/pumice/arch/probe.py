@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumice.arch.trace import Call, hidden_of
+from pumice.arch.trace import Call, hidden_of, replaced
 
 Edit = Callable[[Tensor], Tensor]
 
-BATCH, TOKENS = 8, 6  # of every probing call; a row of the batch is one experiment
+BATCH, TOKENS = 8, 6  # ids of every probing call; a row of the batch is one experiment
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -77,7 +77,9 @@ def randomised(module: nn.Module, device: torch.device, generator: torch.Generat
 
 
 def random_like(name: str, parameter: Tensor, generator: torch.Generator) -> Tensor:
-    value = torch.randn(parameter.shape, generator=generator)
+    """Normal numbers of the parameter's shape, repeated after a prime: drawing each would take longer than probing."""
+    count, pool = parameter.numel(), torch.randn(min(parameter.numel(), 1_000_003), generator=generator)
+    value = pool.repeat(-(-count // max(1, len(pool))))[:count].view(parameter.shape)
     if parameter.dim() > 1:
         return value * parameter.shape[-1] ** -0.5
     # Norms are small: behind q and k norms without a scale (Gemma 4) the softmax would see one key only.
@@ -96,8 +98,23 @@ class _Stop(Exception):
     pass
 
 
-def _through(edit: Edit) -> Callable:
-    return lambda module, args, output: edit(output)
+def _giving(z: Tensor) -> Callable:
+    return lambda *_, **__: z.clone()
+
+
+def _copied(block: nn.Module, call: Call, generator: torch.Generator) -> tuple[nn.Module, Call]:
+    """A random copy of a block, and its call in fp32 on a random hidden state."""
+    device = call.hidden.device if call.hidden.device.type != "meta" else torch.device("cpu")
+    call = Call(to_float(call.args, device), to_float(call.kwargs, device), call.where)
+    hidden = torch.randn(call.hidden.shape, generator=generator).to(device)
+    return randomised(block, device, generator), call.with_hidden(hidden)
+
+
+@torch.no_grad()
+def result_of(block: nn.Module, call: Call) -> Any:
+    """Something that the block may return, whether its parameters are in memory or not."""
+    module, call = _copied(block, call, torch.Generator().manual_seed(0))
+    return call(module)
 
 
 @dataclass
@@ -112,23 +129,38 @@ class Lab:
     repeated: set[str] = field(default_factory=set)  # linears that it reaches more than once
     odd: set[str] = field(default_factory=set)  # subclasses of Linear that compute something else
     reads: dict[str, str] = field(default_factory=dict)  # linear -> the first linear that reads the same tensor
-    shapes: dict[str, torch.Size] = field(default_factory=dict)  # linear -> shape of its output
+    inputs: dict[str, Tensor] = field(default_factory=dict)  # linear -> what it reads
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # linear -> what it gives
+    held: dict[str, Tensor] = field(default_factory=dict)  # the outputs that stand for their linear in one more call
     shares: bool = False  # the call fills a container that other blocks are given too
 
     def __post_init__(self) -> None:
         self.linears = {name: module for name, module in self.module.named_modules() if is_linear(module)}
         self._watch_once()
-        self.odd |= {name for name in self.order if not self.computes_linear(name)}
+        self.odd = {name for name in self.order if not self.computes_linear(name)}
         self.order = [name for name in self.order if name not in self.odd]
+        self.held = {name: z for name, z in self.outputs.items() if name not in self.odd | self.repeated}
 
     @classmethod
     def of(cls, block: nn.Module, call: Call, seed: int = 0) -> Lab:
         """The laboratory of a block: copied, random, and called on a random hidden state."""
         generator = torch.Generator().manual_seed(seed)
-        device = call.hidden.device if call.hidden.device.type != "meta" else torch.device("cpu")
-        call = Call(to_float(call.args, device), to_float(call.kwargs, device), call.where)
-        call = call.with_hidden(torch.randn(call.hidden.shape, generator=generator).to(device))
-        return cls(randomised(block, device, generator), call, generator)
+        return cls(*_copied(block, call, generator), generator)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and tokens in the block: not always those of the ids (CPM-Ant's prompt, AltUp's streams, codebooks)."""
+        shape = self.call.hidden.shape
+        first = shape.index(BATCH) if BATCH in shape else 0
+        return shape[first], shape[first + 1]
+
+    @property
+    def streams(self) -> set[int]:
+        """Widths of the hidden state: of what the block is called with, and of one stream where that holds several."""
+        whole = self.call.hidden.shape[-1]
+        owners = [*self.module.modules(), *(m.config for m in self.module.modules() if hasattr(m, "config"))]
+        single = {size for owner in owners if isinstance(size := vars(owner).get("hidden_size"), int)}
+        return {whole} | {size for size in single if whole % size == 0}
 
     def noise(self, shape: Sequence[int]) -> Tensor:
         return torch.randn(tuple(shape), generator=self.generator).to(self.call.hidden.device)
@@ -136,13 +168,13 @@ class Lab:
     @torch.no_grad()
     def run(
         self,
-        edits: Mapping[str, Edit] | None = None,
+        outputs: Mapping[str, Tensor] | None = None,
         enter: Mapping[str, Edit] | None = None,
         watch: Sequence[str] = (),
         stop: str | None = None,
         call: Call | None = None,
     ) -> Seen:
-        """One call, with linears' outputs passed through `edits` and their inputs through `enter`.
+        """One call in which some linears give `outputs` without computing, and some read what `enter` makes of x.
 
         `stop` ends the call at the door of that linear, before anything that comes after it is computed.
         """
@@ -157,12 +189,11 @@ class Lab:
 
             return hook
 
-        watched = {*watch, *(enter or {}), *([stop] if stop else [])}
+        given = outputs or {}
         with contextlib.ExitStack() as stack:
-            for name in watched:
+            for name in {*watch, *(enter or {}), *([stop] if stop else [])}:
                 stack.callback(self.linears[name].register_forward_pre_hook(door(name)).remove)
-            for name, edit in (edits or {}).items():
-                stack.callback(self.linears[name].register_forward_hook(_through(edit)).remove)
+            stack.enter_context(replaced([self.linears[name] for name in given], [_giving(z) for z in given.values()]))
             try:
                 result = hidden_of((call or self.call)(self.module))
             except _Stop:
@@ -171,15 +202,12 @@ class Lab:
 
     @torch.no_grad()
     def _watch_once(self) -> None:
-        """Call order, output shapes, and which linears read the same tensor (same memory, same version)."""
+        """Call order, inputs and outputs, and which linears read the same tensor (same memory, same version)."""
         first: dict[tuple, str] = {}
         alive: list[Tensor] = []  # keeps addresses from being used again
 
-        def hook(name: str) -> Callable:
-            def note(_: nn.Module, args: tuple, output: Any) -> None:
-                if not isinstance(output, Tensor):
-                    self.odd.add(name)
-                    return
+        def before(name: str) -> Callable:
+            def note(_: nn.Module, args: tuple) -> None:
                 x = args[0]
                 alive.append(x)
                 key = (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x._version)
@@ -187,18 +215,26 @@ class Lab:
                     self.repeated.add(name)
                 else:
                     self.order.append(name)
-                    self.shapes[name] = output.shape
                     self.reads[name] = first.setdefault(key, name)
+                    self.inputs[name] = x.clone()  # a block may go on in place
 
             return note
 
+        def after(name: str) -> Callable:
+            def note(_: nn.Module, args: tuple, output: Any) -> None:
+                if isinstance(output, Tensor):
+                    self.outputs[name] = output.clone()
+
+            return note
+
+        containers = [value for value in self.call.others().values() if isinstance(value, MutableMapping)]
+        sizes = [len(container) for container in containers]
         with contextlib.ExitStack() as stack:
             for name, module in self.linears.items():
-                stack.callback(module.register_forward_hook(hook(name)).remove)
-            containers = [value for value in self.call.others().values() if isinstance(value, MutableMapping)]
-            before = [len(container) for container in containers]
+                stack.callback(module.register_forward_pre_hook(before(name)).remove)
+                stack.callback(module.register_forward_hook(after(name)).remove)
             self.call(self.module)
-            self.shares = before != [len(container) for container in containers]
+        self.shares = sizes != [len(container) for container in containers]
 
     @torch.no_grad()
     def computes_linear(self, name: str) -> bool:

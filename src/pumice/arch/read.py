@@ -43,11 +43,10 @@ def read(block: nn.Module, call: Call) -> Reading:
     except Exception as error:  # any family's code may fail here; the user is told which block and why
         return Reading(refused={"": f"a copy of the block does not run ({type(error).__name__}: {error})"})
     reading = Reading()
-    width = lab.call.hidden.shape[-1]
     _read_experts(lab, reading)
-    reading.ffns, reading.refused["ffn"] = _split(find_ffns(lab, width))
+    reading.ffns, reading.refused["ffn"] = _split(find_ffns(lab))
     downs = {ffn.parts["down"].linear for ffn in reading.ffns}
-    reading.heads, reading.refused["heads"] = _split(find_heads(lab, width, downs))
+    reading.heads, reading.refused["heads"] = _split(find_heads(lab, downs))
     if lab.shares and reading.heads:
         reading.heads, reading.refused["heads"] = [], "blocks after it read its keys and values"
     _explain(reading)

@@ -55,6 +55,8 @@ def rebuild(output: Any, hidden: Tensor, *, keep: bool = False) -> Any:
     """`hidden` in the structure of `output`: the tensor itself, or a tuple whose other places are None, or kept."""
     if isinstance(output, Tensor):
         return hidden
+    if type(output) not in (tuple, list):
+        raise PumiceError(f"A decoder block that returns {type(output).__name__} cannot be replaced by a stub.")
     return type(output)([hidden, *(output[1:] if keep else [None] * (len(output) - 1))])
 
 
