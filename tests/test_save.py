@@ -113,7 +113,7 @@ def test_plan_only(tmp_path):
 
 def halve(source: Shards, writer: ShardWriter, only=None):
     """Zero half of every matrix, block by block, and write it."""
-    prefix, blocks = decoder_blocks(source.model)
+    prefix, blocks, *_ = decoder_blocks(source.model)
     for number, block in enumerate(blocks):
         name = f"{prefix}.{number}"
         if name in writer.done or (only is not None and number not in only):
