@@ -2,8 +2,8 @@
 
     python bench/prompt_level.py FILE [--windows 16]     FILE: raw WikiText-2 test text; SmolLM2, about 6 minutes
 
-Window of 512 tokens: 256 are the prompt, the other 256 are scored with the neurons that the prompt chose. Calibration is
-on `builtin` text, not on the test's. Intervals are a paired bootstrap over windows of the ratio to dense.
+Window of 512 tokens: 256 are the prompt, the other 256 are scored with the neurons that the prompt chose. Calibrated on
+`builtin` text, not on the test's. Intervals are a paired bootstrap over windows of the ratio to dense.
 
 Expected from prototypes at 50 %: GRIFFIN 97, static 87, rank fusion 82, dense 24.5.
 """
