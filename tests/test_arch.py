@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from pumice.arch import detect, hidden_of, trace
 from pumice.arch.experts import confirm_experts, expert_forward
@@ -267,6 +268,33 @@ def test_routers_stay_dense():
     arch = detect(model)
     assert "router" in arch.refused["model.layers.0.mlp.shared_expert_gate"]
     assert arch.sites["model.layers.0.mlp.shared_expert"].units == 24
+
+
+class ListMoE(nn.Module):
+    """Experts as a list of MLPs, each called on the tokens that are routed to it."""
+
+    def __init__(self, config, count=4):
+        super().__init__()
+        self.gate = nn.Linear(config.hidden_size, count, bias=False)
+        self.experts = nn.ModuleList(LlamaMLP(config) for _ in range(count))
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        chosen, result = self.gate(flat).argmax(-1), torch.zeros_like(flat)
+        for index, expert in enumerate(self.experts):
+            result[chosen == index] = expert(flat[chosen == index])
+        return result.reshape(x.shape)
+
+
+def test_each_expert_of_a_list_is_an_ffn():
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.mlp = ListMoE(model.config).eval()
+    arch = detect(model)
+    assert [site.name for site in arch.blocks[0].of_kind("ffn")] == [
+        f"model.layers.0.mlp.experts.{i}" for i in range(4)
+    ]
+    assert set(arch.refused) == {"model.layers.0.mlp.gate", "model.layers.1.mlp.gate"}
 
 
 def test_latent_attention_has_units_where_rows_belong_to_heads():

@@ -27,6 +27,7 @@ from pumice.arch.probe import Lab, widths
 from pumice.arch.units import Rows, Unit, affine_rows, common
 
 LATE = 2  # a token with others before and after it
+ORDER = ("q", "gate", "k", "v")
 
 
 @dataclass(frozen=True)
@@ -289,7 +290,7 @@ def _unit(watcher: Watcher, chunks: list[Chunk], groups: list[list[int]], size: 
     if len(groups) == 1 < len(owner) - 1 and any(2 * len(c.columns) > len(owner) for c in chunks if c.role == "q"):
         return None, "its heads are mixed before it (a norm over all of them)"
     parts: dict[str, Rows] = {}
-    for (role, linear), rows in _rows(chunks, owner).items():
+    for (role, linear), rows in sorted(_rows(chunks, owner).items(), key=lambda item: ORDER.index(item[0][0])):
         fitted = affine_rows(linear, [rows[unit] for unit in range(len(groups))]) if len(rows) == len(groups) else None
         if fitted is None:
             return None, f"the rows of {role} in {linear} are not at equal distances from group to group"
