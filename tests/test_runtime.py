@@ -185,6 +185,14 @@ def test_gathered_matrices_hold_the_live_units_only(family):
         assert sizes == sorted([(32, 11)] + [up] * (len(sizes) - 1))
 
 
+def test_a_new_prompt_frees_what_the_last_one_gathered():
+    _, twin = griffin("llama", exec="fast")
+    step_by_step(twin, IDS[:1], PROMPT)
+    assert all(selection.gathered for selection in twin.pumice.selections.values())
+    prefilled(twin)
+    assert not any(selection.gathered for selection in twin.pumice.selections.values())
+
+
 def test_rows_with_sets_of_their_own_run_masked():
     _, twin = griffin("llama", exec="fast")
     twin.pumice.counting = True
