@@ -263,15 +263,21 @@ def test_other_caches_and_chunks_say_the_same(family, settings):
         assert (twin.generate(IDS, **DENSE, **settings) == expected).all()
 
 
+@pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_static_cache_with_left_padding(family):
+def test_static_cache_with_left_padding(family, beams):
     model, twin = griffin(family, "fast")
     valid = torch.ones_like(IDS, dtype=torch.bool)
-    valid[0, :4], valid[2, :1] = False, False
-    expected = twin.generate(IDS, attention_mask=valid.long(), **DENSE)
-    static = twin.generate(IDS, attention_mask=valid.long(), cache_implementation="static", **DENSE)
-    assert (static == expected).all()
-    assert (by_formula(model, family, IDS, valid) == expected).all()
+    valid[0, :7], valid[2, :1] = False, False
+    expected = twin.generate(IDS, attention_mask=valid.long(), num_beams=beams, **DENSE)
+    cache = {"cache_implementation": "static", "return_dict_in_generate": True}
+    static = twin.generate(IDS, attention_mask=valid.long(), num_beams=beams, **cache, **DENSE)
+    assert (static.sequences == expected).all()
+    assert (by_formula(model, family, IDS, valid, num_beams=beams) == expected).all()
+    state = next(iter(static.past_key_values.pumice.values()))
+    counts = {name: site.count for name, site in state.sites.items() if "[" not in name}
+    for count in counts.values():  # the padding of each prompt, in each of its beams
+        assert count.tolist() == [tokens for tokens in (7.0, 14.0, 13.0) for _ in range(beams)]
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "mixtral"])
@@ -608,6 +614,13 @@ def test_applied_puts_everything_back_after_an_exception(where):
                 raise ZeroDivisionError
             model(torch.tensor([[1000]]))
     assert_same(everything(model), before)
+
+
+def test_a_forward_that_fails_leaves_no_step_behind():
+    _, twin = griffin("llama")
+    with pytest.raises(IndexError):
+        twin(torch.tensor([[1000]]))
+    assert twin.pumice.step is None
 
 
 def test_applied_keeps_hooks_and_methods_that_were_there():
