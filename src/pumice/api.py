@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pumice import recipe
+from pumice import __version__, recipe
 from pumice.arch.detect import Arch, detect
 from pumice.arch.weights import Resident, Shards
 from pumice.calib.data import Windows, tokens
@@ -81,10 +81,12 @@ def sparsify(
     plan = Plan(base=base)
     for one in methods:
         if one.needs and text is None:
-            text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos)
+            text = _windows(
+                data, tokenizer or _tokenizer(model, data), windows=windows, window=window, seed=seed, bos=bos
+            )
         weights_so_far = replace(plan, select={})
         with applied(model, weights_so_far, check=False) if plan.weights else nullcontext():
-            journal = _journal(one, text, base, plan.recipe) if one.needs and resume else None
+            journal = _journal(model, one, text, base, plan.recipe) if one.needs and resume else None
             plan = plan.merge(_solve(model, one, text, Resident(model), base, journal, check=check))
         if journal is not None:
             journal.finish()
@@ -115,7 +117,7 @@ def sparsify_folder(
         raise PumiceError("a model larger than memory takes one method at a time; run the recipe's entries in turn.")
     source = Shards(folder)
     text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos) if one.needs else None
-    run = str((recipe.describe(one), _identity(text)))
+    run = str((recipe.describe(one), _identity(text), __version__))
     writer = ShardWriter(folder, out, run=run, resume=resume)
     journal = Journal(writer.partial)  # beside the shards it speaks of, so that neither is found without the other
     watched = _Digesting(source, journal.folder / "digests.json")
@@ -205,10 +207,10 @@ def _solve(model, method, text: Windows | None, source: Source, base: dict, jour
     )
 
 
-def _journal(method, text: Windows | None, base: dict, before: list) -> Journal:
-    return Journal(
-        cache_dir(), base["fingerprint"], before, recipe.describe(method), _identity(text), torch.__version__
-    )
+def _journal(model: nn.Module, method, text: Windows | None, base: dict, before: list) -> Journal:
+    """The journal of one method on these weights. Their fingerprint is one in fp32 and bf16, their masks are not."""
+    made = (model.dtype, model.device.type, torch.__version__, __version__)
+    return Journal(cache_dir(), base["fingerprint"], before, recipe.describe(method), _identity(text), *made)
 
 
 def _identity(text: Windows | None) -> tuple | None:
@@ -232,9 +234,12 @@ def choose_sites(arch: Arch, method: Any) -> list[Site]:
         some = f" Some that it has: {', '.join(site.name for site in kind[:3])}." if kind else ""
         why = next((f" {part}: {reason}" for block in arch.blocks for part, reason in block.refused.items()), "")
         raise PumiceError(f"{method.name} decides sites of kind {kinds}; none matches where={where!r}.{some}{why}")
-    for block in arch.blocks[:1]:
-        for part, reason in block.refused.items():
-            warnings.warn(f"{block.name}: {part} is left as it is: {reason}", stacklevel=3)
+    reasons: dict[str, list[str]] = {}
+    for part, reason in arch.refused.items():
+        reasons.setdefault(reason, []).append(part)
+    for reason, parts in reasons.items():
+        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        warnings.warn(f"{parts[0]}{more} left as they are: {reason}", stacklevel=3)
     return sites
 
 
@@ -244,6 +249,19 @@ def _windows(data, tokenizer, **settings) -> Windows:
     if tokenizer is None and not isinstance(data, Tensor):
         raise PumiceError("calibration on text needs the model's tokenizer: pass `tokenizer=`, or token ids as `data`.")
     return tokens(data, tokenizer, **settings)
+
+
+def _tokenizer(model: nn.Module, data):
+    """The tokenizer that lies where the model was loaded from, for text that comes without one."""
+    where = getattr(model, "name_or_path", "")
+    if isinstance(data, (Tensor, Windows)) or not where:
+        return None
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(where, local_files_only=True)
+    except Exception:  # whatever is wrong there, the error that follows says what to pass
+        return None
 
 
 def _check_finite(site: Site) -> None:

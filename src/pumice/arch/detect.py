@@ -33,9 +33,6 @@ class Arch:
     def of_kind(self, *kinds: Kind) -> list[Site]:
         return [site for block in self.blocks for site in block.of_kind(*kinds)]
 
-    def block_of(self, site: Site | str) -> Block:
-        return self.blocks[(self.sites[site] if isinstance(site, str) else site).block]
-
     @property
     def refused(self) -> dict[str, str]:
         """What has no site, over all blocks: name -> why."""

@@ -232,7 +232,8 @@ def trace(
     for index, (mine, other) in enumerate(zip(calls, noisy, strict=True)):
         _check(index, mine, other, chained[index])
     _check_shared(calls)
-    return [mine[0] for mine in calls]
+    # a stub returns a copy of its input: only the first is the model's own, and one a block would be kept for nothing
+    return [call if index == 0 else call.with_hidden(None) for index, (call,) in enumerate(calls)]
 
 
 def _check(index: int, mine: list[Call], other: list[Call], chained: bool) -> None:

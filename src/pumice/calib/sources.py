@@ -127,12 +127,14 @@ def _unseen(text: str, seen: set[str]) -> str:
 
 
 def _wikitext2(split: str) -> list[str]:
-    rows = _hub("Salesforce/wikitext", None, name="wikitext-2-raw-v1", split=split)
-    return ["".join(text or " \n" for text in rows)]  # the hub emptied the raw file's blank lines
+    """The rows joined by two newlines, as the pruning papers read them: not the text of `wiki.test.raw`."""
+    return ["\n\n".join(_hub("Salesforce/wikitext", None, name="wikitext-2-raw-v1", split=split))]
 
 
 def _c4(split: str) -> list[str]:
     shard = {"train": "en/c4-train.00000-of-01024.json.gz", "test": "en/c4-validation.00000-of-00008.json.gz"}[split]
+    if split == "test":  # the papers' 1,100 documents, joined by a space
+        return [" ".join(_hub("allenai/c4", 1100, data_files={split: shard}, split=split, streaming=True))]
     return _hub("allenai/c4", 4096, data_files={split: shard}, split=split, streaming=True)
 
 

@@ -158,7 +158,7 @@ def collecting(block: Block, sites: list[Site], needs, collected: dict, valid: C
     keys = {site.input for site in sites}
 
     def add(key: str, rows: Tensor) -> None:
-        for need in needs:
+        for need in needs if len(rows) else ():
             if (key, need) not in collected:
                 collected[key, need] = need(rows.shape[-1], rows.device)
             collected[key, need].add(rows)
@@ -225,6 +225,6 @@ def _verify(model: nn.Module, arch: Arch, ids: Tensor) -> None:
         if not error < 1e-2:
             raise PumiceError(
                 f"replaying block {block.index} ({block.name}) differs from the model's own output by {error:.2g} "
-                "relative: its arguments depend on something that streaming does not see. Calibrate another model, or "
-                "declare the family."
+                "relative: its arguments depend on something that streaming does not see. This family cannot be "
+                "calibrated block by block."
             )

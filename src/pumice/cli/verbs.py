@@ -198,6 +198,8 @@ def generate(
     inputs = loaded.tokenizer(prompt, return_tensors="pt").to(loaded.model.device)
     check_length(loaded, inputs["input_ids"].shape[1] + new, "--new, or shorten the prompt")
     runner = attach(loaded.model, plan, exec=execution) if plan is not None else loaded.model
+    if plan is not None:
+        runner.pumice.counting = True
     torch.manual_seed(seed)
     start = time.perf_counter()
     ids = runner.generate(**inputs, max_new_tokens=new, do_sample=sample, pad_token_id=loaded.tokenizer.eos_token_id)
@@ -209,6 +211,9 @@ def generate(
         found = {"model": model, **sparse_part(plan), "prompt": prompt, "text": text, "new_tokens": made}
         return emit(found | {"seconds": seconds, "exec": execution, "ran": ran})
     page.print(text)
+    counters = [s.counter for s in runner.pumice.selections.values()] if plan is not None else []
+    if counters:
+        ran += f", {sum(c.density for c in counters) / len(counters):.1%} of the units ran for a generated token"
     tail = f" {recipe_name(plan)}, sparsity {plan.sparsity():.4f}," if plan is not None else ""
     note.print(f"[{made} tokens in {seconds:.2f} s, prefill included;{tail} {ran}]")
 

@@ -24,7 +24,8 @@ HUB_SAYS = {
     "GatedRepoError": "the model is gated; ask for access on its page and log in with `hf auth login`",
     "HFValidationError": "that is no hub name, which is owner/name",
 }
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+# no fp16: its double rounding would give a plan another fingerprint than the same weights in fp32 or bf16
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,5 +180,5 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype | str:
         return dtype or "auto"
     names = DTYPES | {str(found).removeprefix("torch."): found for found in DTYPES.values()}
     if dtype not in names:
-        raise PumiceError(f"dtype is bf16, fp16 or fp32 (None: as stored); got {dtype!r}.")
+        raise PumiceError(f"dtype is bf16 or fp32 (None: as stored); got {dtype!r}.")
     return names[dtype]

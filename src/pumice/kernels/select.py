@@ -32,7 +32,8 @@ def measured(key: str, measure: Callable[[], dict]) -> dict:
     """The result kept under `key` in the cache file, measured at the first call."""
     table = _table()
     if key not in table:
-        table[key] = measure()
+        with torch.random.fork_rng():  # a seeded generation gives the same text whether or not this ran before it
+            table[key] = measure()
         path = _path()
         with suppress(OSError, PumiceError):  # a cache that cannot be written is measured again next time
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -107,7 +107,9 @@ def how(twin: nn.Module) -> str:
     if twin.pumice.exec == "reference":
         return "reference"
     gathered = sum(bool(selection.gathered) for selection in selections)
-    return "gathered" if gathered == len(selections) else "masked" if not gathered else "partly gathered"
+    if not gathered:
+        return "masked" if any(selection.timed for selection in selections) else "masked, no gathered form"
+    return "gathered" if gathered == len(selections) else "partly gathered"
 
 
 def machine() -> dict:

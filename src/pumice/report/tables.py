@@ -61,6 +61,12 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"{_list(masks)}: no speed. The zeros of a Mask lie in dense storage and are read like any number; "
             "bytes per token are those of dense."
         )
+    formless = [row for row in rows if row.ran == "masked, no gathered form"]
+    if formless:
+        lines.append(
+            f"{_list(formless)}: no speed. Fused experts, heads and sets that differ from row to row have no gathered "
+            "form yet, so dense work is done and masked."
+        )
     slower = [row for row in rows if row.ran == "masked"]
     if slower:
         lines.append(

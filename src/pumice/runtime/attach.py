@@ -58,6 +58,16 @@ class Runtime:
         """Whether parts of the model run in another way than their weights alone say."""
         return bool(self.plan.select) or any(isinstance(form, Slim) for form in self.plan.weights.values())
 
+    @property
+    def current(self) -> Step:
+        """The step of the running forward; parts of the model called by themselves have none."""
+        if self.step is None:
+            raise PumiceError(
+                "a part of the model was called by itself, and only the whole model knows which tokens are prompt. "
+                "Call the model with its language-model head."
+            )
+        return self.step
+
     @contextmanager
     def phase(self, prompt: int | Tensor | None, mask: Tensor | None = None) -> Iterator[None]:
         """Say where the prompts end, as a cache position for all rows or for each [B]; None: dense everywhere."""
@@ -217,6 +227,11 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
         _exchange(model, {module: splice_experts(model.get_submodule(module), neurons, whole)})
     if plan.select:
         runtime.arguments = tuple(inspect.signature(model.forward).parameters)
+        if "past_key_values" not in runtime.arguments:
+            raise PumiceError(
+                f"{type(model).__name__} keeps its state in another way than past_key_values, so a plan that selects "
+                "per prompt cannot tell prompt from generated tokens there. Use a method that prunes weights."
+            )
         model.register_forward_pre_hook(runtime.before, with_kwargs=True)
         model.register_forward_hook(runtime.after, with_kwargs=True, always_call=True)
         model.__dict__["generate"] = functools.partial(_generate, model, runtime)
@@ -236,6 +251,12 @@ def check_unspliced(model: nn.Module) -> None:
         raise PumiceError(
             "the model already runs a plan that selects or removes units. Start from the model without it; two plans "
             "are joined by `plan.merge(other)`."
+        )
+    hooked = next((name for name, module in model.named_modules() if "forward" in vars(module)), None)
+    if hooked is not None:
+        raise PumiceError(
+            f"{hooked or 'the model'} has a forward of its own in place of its class's (accelerate's hooks of a "
+            "`device_map`, say), which would run the original's weights. Load the model whole on one device."
         )
 
 
@@ -279,10 +300,14 @@ def write_masks(model: nn.Module, sites: dict[str, Site], masks: dict[str, Mask]
         if tuple(window.shape) != tuple(form.shape):
             raise PumiceError(f"the plan's mask of {name} is {form.shape}, but the matrix is {tuple(window.shape)}.")
         window.copy_(form.reference(window))
+    masked = {}
     for parameter, tensor in written.items():
-        module, leaf = owner(parameter)
-        table = model.get_submodule(module)._parameters
-        table[leaf] = nn.Parameter(tensor, requires_grad=table[leaf].requires_grad)
+        original = model.get_parameter(parameter)
+        masked[id(original)] = nn.Parameter(tensor, requires_grad=original.requires_grad)
+    for module in model.modules():  # every place that shares a parameter, so that what is tied stays tied
+        for leaf, parameter in module._parameters.items():
+            if id(parameter) in masked:
+                module._parameters[leaf] = masked[id(parameter)]
 
 
 def check_base(model: nn.Module, plan: Plan) -> None:
@@ -318,5 +343,17 @@ def _generate(model: nn.Module, runtime: Runtime, inputs=None, generation_config
     else:  # a setting beside a config is deprecated
         generation_config = copy.copy(generation_config)
         generation_config.disable_compile = True
-    with runtime.phase(border, kwargs.get("attention_mask")):
+    mask = kwargs.get("attention_mask")
+    if mask is None and ids is not None:
+        mask = _inferred_mask(model, ids, generation_config, kwargs)
+    with runtime.phase(border, mask):
         return type(model).generate(model, inputs, generation_config, *args, **kwargs)
+
+
+def _inferred_mask(model: nn.Module, ids: Tensor, config, kwargs: dict) -> Tensor | None:
+    """The padding that `generate` infers where no mask is given: a pad token that is not an end of text too."""
+    config = config or model.generation_config
+    pad = kwargs.get("pad_token_id", config.pad_token_id)
+    ends = kwargs.get("eos_token_id", config.eos_token_id)
+    ends = [ends] if isinstance(ends, int) else ends or []
+    return None if pad is None or pad in ends else (ids != pad).long()

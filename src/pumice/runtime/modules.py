@@ -40,6 +40,7 @@ class Selection:
     runtime: Runtime
     gatherable: bool  # an FFN whose input and output matrices are modules of their own
     counter: Counter = field(default_factory=Counter)
+    timed: bool = False  # whether gathered was compared with dense
     chosen: Tensor | None = None  # the set that `gathered` holds
     gathered: dict[str, Gathered] = field(default_factory=dict)
 
@@ -85,8 +86,8 @@ class Selection:
 
     def narrow(self, x: Tensor) -> bool:
         """Whether this step runs on gathered matrices: all tokens sparse, one set for all rows, measured faster."""
-        step = self.runtime.step
-        if step is None or not step.all_sparse or not self.gatherable or not self.runtime.fast:
+        step = self.runtime.current
+        if not step.all_sparse or not self.gatherable or not self.runtime.fast:
             return False
         self.live(step, x.device)
         one_set = step.state.sites[self.site.name].one_set
@@ -99,6 +100,7 @@ class Selection:
     def worth_gathering(self, kept: int, x: Tensor) -> bool:
         if self.runtime.kernels == "always":
             return kept < self.form.units
+        self.timed = True
         d, rows = self.consumer.shape[0], x.numel() // x.shape[-1]
         return gather_pays(d, self.form.units, kept, len(self.site.parts), rows, x.dtype, x.device.type)
 
@@ -119,9 +121,7 @@ class Selection:
 
     def edit(self, activations: Tensor) -> Tensor:
         """What enters the consuming matrix, [B·T or B, T, units·width]: counted where prompt, masked where sparse."""
-        step = self.runtime.step
-        if step is None:
-            return activations
+        step = self.runtime.current
         a = activations.reshape(*step.shape, -1)
         if step.any_stat:
             self.observe(a, step)
@@ -190,9 +190,7 @@ def splice_experts(module: nn.Module, neurons: dict[int, Selection], experts: Se
 
 def _edit_routed(selection: Selection, tokens: Tensor, a: Tensor) -> Tensor:
     """`edit` for the tokens [n] (numbers in the flattened batch) that were routed to one expert, a [n, units]."""
-    step = selection.runtime.step
-    if step is None:
-        return a
+    step = selection.runtime.current
     rows = tokens // step.shape[1]
     stat, sparse, valid = (m.to(a.device).flatten()[tokens] for m in (step.stat, step.sparse, step.valid))
     state = selection.state(step, a.device)
@@ -211,9 +209,7 @@ def _edit_routed(selection: Selection, tokens: Tensor, a: Tensor) -> Tensor:
 
 def _mask_experts(selection: Selection, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     """Routing weights [N, k] with the dead experts at zero."""
-    step = selection.runtime.step
-    if step is None:
-        return weights
+    step = selection.runtime.current
     if not step.any_sparse:
         selection.count("masked", step.stat, step.sparse)
         return weights
