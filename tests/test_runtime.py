@@ -13,9 +13,11 @@ import oracle
 import pumice
 from pumice.errors import PumiceError
 from pumice.forms import Mask, PromptNorm, Select, Slim, Static, TopK
+from pumice.kernels.gather import gather_in
 from pumice.methods.prompt.griffin import Griffin
 from pumice.methods.static.magnitude import Magnitude
 from pumice.plan import Plan
+from pumice.sites import Part, Site, View
 from tiny import FAMILIES, tiny
 
 IDS = torch.randint(3, 96, (3, 14), generator=torch.Generator().manual_seed(4))
@@ -183,6 +185,17 @@ def test_gathered_matrices_hold_the_live_units_only(family):
         sizes = sorted(tuple(matrix.weight.shape) for matrix in selection.gathered.values())
         up = (22, 32) if family == "phi3" else (11, 32)  # gate and up in one
         assert sizes == sorted([(32, 11)] + [up] * (len(sizes) - 1))
+
+
+def test_a_gathered_matrix_keeps_the_order_in_which_gate_and_up_are_stored():
+    """Interleaved, as [g0, u0, g1, u1, …], and with up before gate."""
+    model = torch.nn.ModuleDict({"both": torch.nn.Linear(3, 8)})
+    for gate, up, rows in (((0, 2), (1, 2), [2, 3, 6, 7]), ((4, 1), (0, 1), [1, 3, 5, 7])):
+        parts = {role: Part("both", View("both.weight"), *where) for role, where in (("gate", gate), ("up", up))}
+        site = Site(name="ffn", kind="ffn", block=0, parts=parts, units=4, input="down", root=model)
+        found = gather_in(site, "both", torch.tensor([1, 3]))
+        assert torch.equal(found.weight, model["both"].weight[rows])
+        assert torch.equal(found.bias, model["both"].bias[rows])
 
 
 def test_a_new_prompt_frees_what_the_last_one_gathered():
