@@ -54,11 +54,11 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(
         ("num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads", "encoder_attention_heads",
          "num_decoder_attention_heads", "num_encoder_attention_heads", "swa_num_attention_heads", "index_n_heads",
-         "linear_num_value_heads", "linear_num_key_heads"), 4),
+         "linear_num_value_heads", "linear_num_key_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "kv_n_heads"), 2),
     **dict.fromkeys(
         ("head_dim", "attention_head_size", "v_head_dim", "qk_nope_head_dim", "d_kv", "dim_head", "swa_head_dim",
-         "swa_v_head_dim", "attention_head_dim", "index_head_dim", "linear_key_head_dim", "linear_value_head_dim"), 16),
+         "swa_v_head_dim", "attention_head_dim", "index_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "dim_ff",
          "d_inner_ffn", "d_ff", "dff", "intermediate_size_mlp", "feed_forward_size", "ffn_embed_dim",

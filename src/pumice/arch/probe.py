@@ -244,7 +244,8 @@ class Lab:
         x = self.noise((5, widths(module)[1]))
         bias = getattr(module, "bias", None)
         try:
-            return close(module(x), nn.functional.linear(x, weight, bias))
+            output = module(x)
+            return isinstance(output, Tensor) and close(output, nn.functional.linear(x, weight, bias))
         except (RuntimeError, ValueError, TypeError):
             return False
 

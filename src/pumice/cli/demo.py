@@ -91,7 +91,14 @@ def _rung(loaded, plans, windows, dense) -> list:
         return loaded.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     return measure_rows(
-        loaded.model, plans, windows=windows, prompt_ids=windows.ids[:1, :64], dense=dense, complete=complete
+        loaded.model,
+        plans,
+        windows=windows,
+        prompt_ids=windows.ids[:1, :64],
+        dense=dense,
+        complete=complete,
+        new=24,
+        repeats=4,
     )
 
 
@@ -129,12 +136,17 @@ def _print(rows, peer, windows, folders, rungs, seconds: float) -> None:
         page.print(f"llama.cpp did not run: {peer['error']}")
     else:
         page.print("llama.cpp: not installed (`pip install xllamacpp` adds its row).")
-    page.print(f"\nPerplexity: {windows.describe()}; ± is the standard error over windows. A prompt-level method is")
-    page.print(f"scored on the second half of each window, its first {WINDOW // 2} tokens being the prompt: compare it")
+    page.print(f"\nPerplexity: {windows.describe()}.")
     page.print(
-        "with `dense ppl` of its own row. Sparsity is over FFN neurons (griffin, static_topk) or over the weights"
+        "± is the standard error over windows. A prompt-level method is scored on the second half of each window,"
     )
-    page.print("of the pruned matrices (wanda, magnitude): not the same thing, which is why bytes stand beside it.")
+    page.print(
+        f"its first {WINDOW // 2} tokens being the prompt: compare it with the `dense ppl` of its own row. Sparsity is over"
+    )
+    page.print(
+        "FFN neurons (griffin, static_topk) or over the weights of the pruned matrices (wanda, magnitude): not the"
+    )
+    page.print("same thing, which is why bytes stand beside it.")
     page.print(f"\n{PROMPT} …", style="bold")
     for row in rows:
         if row.text:

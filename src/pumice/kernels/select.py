@@ -43,33 +43,30 @@ def measured(key: str, measure: Callable[[], dict]) -> dict:
 
 def _time_gather(d, units, kept, matrices, rows, dtype, device) -> dict:
     dense, narrow = (_ffn(d, n, matrices, rows, dtype, device) for n in (units, kept))
-    times = {"dense": [], "narrow": []}
-    for _ in range(30):
-        for name, run in (("dense", dense), ("narrow", narrow)):
-            start = time.perf_counter()
-            run()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            times[name].append(time.perf_counter() - start)
+    times = [(dense(), narrow()) for _ in range(30)]
     # the fastest of thirty, since noise from other processes only ever adds, and the answer is kept
-    dense_s, narrow_s = (min(times[name]) for name in ("dense", "narrow"))
+    dense_s, narrow_s = (min(column) for column in zip(*times, strict=True))
     return {"dense_us": dense_s * 1e6, "narrow_us": narrow_s * 1e6, "speedup": dense_s / narrow_s}
 
 
-def _ffn(d: int, units: int, matrices: int, rows: int, dtype, device) -> Callable[[], None]:
-    """One pass through enough FFNs of this shape to leave every cache, time per call being what matters."""
+def _ffn(d: int, units: int, matrices: int, rows: int, dtype, device) -> Callable[[], float]:
+    """Runs enough FFNs of this shape to leave every cache; gives the seconds of one."""
     size = d * units * matrices * torch.empty(0, dtype=dtype).element_size()
     copies = max(2, min(64, SPREAD // max(size, 1)))
     ins = [torch.randn(units, d, dtype=dtype, device=device) for _ in range(copies * (matrices - 1))]
     outs = [torch.randn(d, units, dtype=dtype, device=device) for _ in range(copies)]
     x = torch.randn(rows, d, dtype=dtype, device=device)
 
-    def run() -> None:
+    def run() -> float:
+        start = time.perf_counter()
         for i, out in enumerate(outs):
             a = F.linear(x, ins[i])
             for j in range(1, matrices - 1):
                 a = a * F.linear(x, ins[j * copies + i])
             F.linear(a, out)
+        if device != "cpu":
+            torch.accelerator.synchronize()
+        return (time.perf_counter() - start) / copies
 
     run()
     return run
