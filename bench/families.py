@@ -58,7 +58,8 @@ SMALL: dict[str, Any] = {
     **dict.fromkeys(("num_key_value_heads", "num_kv_heads", "swa_num_key_value_heads", "kv_n_heads"), 2),
     **dict.fromkeys(
         ("head_dim", "attention_head_size", "v_head_dim", "qk_nope_head_dim", "d_kv", "dim_head", "swa_head_dim",
-         "swa_v_head_dim", "attention_head_dim", "index_head_dim", "linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
+         "swa_v_head_dim", "attention_head_dim", "index_head_dim", "linear_key_head_dim", "linear_value_head_dim",
+         "linear_head_dim"), 16),
     **dict.fromkeys(
         ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "decoder_ffn_dim", "encoder_ffn_dim", "dim_ff",
          "d_inner_ffn", "d_ff", "dff", "intermediate_size_mlp", "feed_forward_size", "ffn_embed_dim",
@@ -308,15 +309,22 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--timeout", type=int, default=240)
     options = parser.parse_args()
-    results = run(options.families, options.jobs, options.timeout)
+    write(run(options.families, options.jobs, options.timeout))
+
+
+def write(results: dict[str, dict[str, Any]]) -> None:
+    """Put results beside those of families that were run earlier with the same versions, and print the totals."""
+    versions = {"pumice": pumice.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    versions["python"] = platform.python_version()
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    if before.get("versions") == versions:
+        results = before["families"] | results
     totals = Counter(result["status"] for result in results.values())
     parts = Counter(kind for result in results.values() for kind, n in result.get("in_blocks", {}).items() if n)
     print(f"\n{len(results)} families: {dict(totals)}; families with {dict(parts)}")
-    if set(options.families) == set(FAMILIES):
-        versions = {"pumice": pumice.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-        report = {"versions": versions | {"python": platform.python_version()}, "totals": totals, "with": parts}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(report | {"families": results}, indent=1) + "\n")
+    report = {"versions": versions, "totals": totals, "with": parts, "families": results}
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
