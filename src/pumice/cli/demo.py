@@ -140,13 +140,9 @@ def _print(rows, peer, windows, folders, rungs, seconds: float) -> None:
     page.print(
         "± is the standard error over windows. A prompt-level method is scored on the second half of each window,"
     )
-    page.print(
-        f"its first {WINDOW // 2} tokens being the prompt: compare it with the `dense ppl` of its own row. Sparsity is over"
-    )
-    page.print(
-        "FFN neurons (griffin, static_topk) or over the weights of the pruned matrices (wanda, magnitude): not the"
-    )
-    page.print("same thing, which is why bytes stand beside it.")
+    page.print(f"its first {WINDOW // 2} tokens being the prompt: compare it with the `dense ppl` of its own row.")
+    page.print("Sparsity is over FFN neurons (griffin, static_topk) or over the weights of the pruned matrices (wanda,")
+    page.print("magnitude): not the same thing, which is why bytes stand beside it.")
     page.print(f"\n{PROMPT} …", style="bold")
     for row in rows:
         if row.text:
