@@ -17,7 +17,7 @@ STORIES = Path(__file__).parents[1] / "../shared/models/stories260k"
 
 
 def blocks_of(model):
-    prefix, blocks = decoder_blocks(model)
+    prefix, blocks, *_ = decoder_blocks(model)
     return [(f"{prefix}.{i}", block) for i, block in enumerate(blocks)]
 
 
