@@ -294,7 +294,7 @@ WRONG = [
     ("--method wanda --data wikitext", "'wikitext'. Did you mean 'wikitext2'?"),
     ("--method wanda --data file:/none.txt", "/none.txt: no such file. Check the path"),
     ("--method wanda --data file:/tmp", "/tmp: it is a folder"),
-    ("--method wanda --dtype int3", "dtype is bf16, fp16 or fp32"),
+    ("--method wanda --dtype int3", "dtype is bf16 or fp32"),
     ("--method wanda --windows 9999999", "Ask for fewer windows"),
     ("--method wanda --window 4096", "512 positions"),
     ("--method wanda stray", "unexpected 'stray'"),
