@@ -73,6 +73,11 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"{_list(slower)}: no speed here. Gathered matrices were measured no faster than dense at these shapes, so "
             "dense work is done and masked."
         )
+    even = [row for row in rows if row.ran == "gathered" and row.speedup is not None and row.speedup < 1.05]
+    if even:
+        lines.append(
+            f"{_list(even)}: no speed to speak of. What the smaller matrices save is spent around them, or lost in noise."
+        )
     for row in rows:
         if row.perplexity and row.dense_perplexity and not row.perplexity.perplexity < 2 * row.dense_perplexity:
             ratio = row.perplexity.perplexity / row.dense_perplexity
