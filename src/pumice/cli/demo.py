@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -148,9 +151,16 @@ def _print(rows, peer, windows, folders, rungs, seconds: float) -> None:
         if row.text:
             page.print(f"  {row.name:16} {' '.join(row.text.split())}")
     page.print(f"\nSparse model folders ({rungs[0]:g}, the gentlest rung): {', '.join(map(str, folders.values()))}")
+    typed = typed_name()
     page.print("Next:")
-    page.print(f"  pumice generate {folders['griffin']} --prompt 'Once upon a time'")
-    page.print(f"  pumice inspect {folders['wanda']}")
-    page.print("  pumice bench smollm2 --method griffin --sparsity 0.5")
-    page.print("  pumice sparsify YOUR_MODEL --method wanda --sparsity 0.5 --out DIR")
+    page.print(f"  {typed} generate {folders['griffin']} --prompt 'Once upon a time'")
+    page.print(f"  {typed} inspect {folders['wanda']}")
+    page.print(f"  {typed} bench smollm2 --method griffin --sparsity 0.5")
+    page.print(f"  {typed} sparsify YOUR_MODEL --method wanda --sparsity 0.5 --out DIR")
     page.print(f"\n{seconds:.0f} s in all.")
+
+
+def typed_name() -> str:
+    """How the user reaches this program: `pumice` where the shell finds it, else by its path, as after `make demo`."""
+    here = Path(sys.argv[0])
+    return "pumice" if shutil.which("pumice") or here.name != "pumice" else os.path.relpath(here)

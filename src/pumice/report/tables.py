@@ -76,7 +76,8 @@ def verdicts(rows: list[Row]) -> list[str]:
     even = [row for row in rows if row.ran == "gathered" and row.speedup is not None and row.speedup < 1.05]
     if even:
         lines.append(
-            f"{_list(even)}: no speed to speak of. What the smaller matrices save is spent around them, or lost in noise."
+            f"{_list(even)}: no speed to speak of. What the smaller matrices save is spent around them, "
+            "or lost in noise."
         )
     for row in rows:
         if row.perplexity and row.dense_perplexity and not row.perplexity.perplexity < 2 * row.dense_perplexity:
