@@ -21,7 +21,7 @@ from pumice.runtime.step import Step
 from pumice.sites import Site
 
 if TYPE_CHECKING:
-    from pumice.runtime.attach import Runtime
+    from pumice.runtime.live import Runtime
 
 
 def respliced(module: nn.Module, forward: Callable) -> nn.Module:
