@@ -6,6 +6,7 @@ read: gathered matrices at their size, zeros in dense storage in full, the LM he
 
 from __future__ import annotations
 
+import inspect
 import os
 import statistics
 import time
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from pumice.arch.detect import Arch, detect
+from pumice.runtime.state import NAMES, cache_in
 from pumice.store import Store
 
 
@@ -68,6 +70,7 @@ def _run(model: nn.Module, prompt: Tensor, new: int) -> tuple[float, list[float]
     """Seconds of the prefill, and of each decoded token (its pick included; the first gathers and is left out)."""
     runtime = getattr(model, "pumice", None)
     prompt = prompt.to(model.device)
+    name = next(name for name in NAMES if name in inspect.signature(model.forward).parameters)
     with runtime.phase(prompt.shape[1]) if runtime is not None else nullcontext():
         start = time.perf_counter()
         out = model(prompt, use_cache=True)
@@ -77,7 +80,7 @@ def _run(model: nn.Module, prompt: Tensor, new: int) -> tuple[float, list[float]
         steps = []
         for _ in range(new + 1):
             start = time.perf_counter()
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(token, use_cache=True, **{name: cache_in(out)})
             token = out.logits[:, -1:].argmax(-1)
             _wait(token)
             steps.append(time.perf_counter() - start)

@@ -20,6 +20,7 @@ from pumice.forms import Mask, Select, Slim, Static, Uniform
 from pumice.plan import Plan, fingerprint_model
 from pumice.runtime.live import Exec, Runtime, generate
 from pumice.runtime.modules import Selection, gather, splice_experts, splice_select, splice_slim
+from pumice.runtime.state import NAMES
 from pumice.sites import Site, owner
 
 
@@ -104,9 +105,9 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
         _exchange(model, {module: splice_experts(model.get_submodule(module), neurons, whole)})
     if plan.select:
         runtime.arguments = tuple(inspect.signature(model.forward).parameters)
-        if "past_key_values" not in runtime.arguments:
+        if not set(NAMES) & set(runtime.arguments):
             raise PumiceError(
-                f"{type(model).__name__} keeps its state in another way than past_key_values, so a plan that selects "
+                f"{type(model).__name__} keeps its state in another way than a cache, so a plan that selects "
                 "per prompt cannot tell prompt from generated tokens there. Use a method that prunes weights."
             )
         model.register_forward_pre_hook(runtime.before, with_kwargs=True)

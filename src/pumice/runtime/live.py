@@ -19,7 +19,7 @@ from pumice.forms import Slim
 from pumice.kernels.gather import Gathered
 from pumice.plan import Plan
 from pumice.runtime.modules import Selection
-from pumice.runtime.state import State, cache_in, follow, past_length, state_of
+from pumice.runtime.state import State, cache_given, cache_in, follow, past_length, state_of
 from pumice.runtime.step import Step, make_step
 
 Exec = Literal["reference", "fast"]
@@ -96,7 +96,7 @@ class Runtime:
         if tokens is None:
             raise PumiceError("the model was called without input_ids or inputs_embeds; pass one by name.")
         batch, new = tokens.shape[:2]
-        cache = given.get("past_key_values")
+        cache = cache_given(given)
         past = past_length(cache)
         valid = self._valid(given.get("attention_mask"), batch, new, past, tokens.device)
         state = self._state(cache, past)
@@ -143,7 +143,7 @@ def generate(model: nn.Module, runtime: Runtime, inputs=None, generation_config=
     if ids is not None:
         border = ids.shape[1]
     elif kwargs.get("inputs_embeds") is not None:
-        border = past_length(kwargs.get("past_key_values")) + kwargs["inputs_embeds"].shape[1]
+        border = past_length(cache_given(kwargs)) + kwargs["inputs_embeds"].shape[1]
     else:
         border = 1  # generation from the start token alone
     if generation_config is None:

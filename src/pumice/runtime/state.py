@@ -106,9 +106,17 @@ def state_of(cache, owner: int) -> State | None:
     return cache.pumice.get(owner) if isinstance(cache, Following) else None
 
 
+NAMES = ("cache", "past_key_values")  # of the argument that is a cache: since transformers 5.24, and before
+
+
+def cache_given(arguments: dict):
+    """The cache among a forward's arguments."""
+    return next((arguments[name] for name in NAMES if arguments.get(name) is not None), None)
+
+
 def cache_in(output):
     """The cache that a model returns, in an output with names or in a tuple."""
-    held = output if isinstance(output, tuple) else [getattr(output, "past_key_values", None)]
+    held = output if isinstance(output, tuple) else getattr(output, "__dict__", {}).values()
     return next((item for item in held if hasattr(item, "get_seq_length")), None)
 
 
