@@ -108,7 +108,12 @@ def keep(score: np.ndarray, pattern: str, sparsity: float) -> np.ndarray:
         n, m = map(int, pattern.split(":"))
         groups = [score[:, i : i + m] for i in range(0, score.shape[1], m)]
         return np.concatenate([_drop(g, g.shape[1] * (m - n) // m) for g in groups], axis=1)
-    return _drop(score, int(score.shape[1] * sparsity + 1e-9))
+    each, more = divmod(int(score.size * sparsity + 1e-9), len(score))
+    kept = _drop(score, each)
+    following = np.where(kept, score, np.inf).min(1)  # the matrix's exact share: one more from the rows of least next
+    for row in np.argsort(following, kind="stable")[:more]:
+        kept[row, np.argmin(np.where(kept[row], score[row], np.inf))] = False
+    return kept
 
 
 def _drop(score: np.ndarray, k: int) -> np.ndarray:

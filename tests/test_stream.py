@@ -38,7 +38,7 @@ def values(model, source, needs, ids=IDS):
     def solve(site, stats):
         found[site.name] = [stats[need] for need in needs]
 
-    stream(model, arch, tokens(ids), source, solve, sites=arch.of_kind("linear"), needs=needs)
+    stream(model, arch, tokens(ids), source, lambda run: run.each(solve), sites=arch.of_kind("linear"), needs=needs)
     return found
 
 
@@ -119,7 +119,15 @@ def test_a_model_that_fails_half_way_is_left_as_it_was():
         return Wanda().solve(site, stats)
 
     with pytest.raises(ZeroDivisionError):
-        stream(model, arch, tokens(IDS), Resident(model), solve, sites=arch.of_kind("linear"), needs=(ColumnNorm,))
+        stream(
+            model,
+            arch,
+            tokens(IDS),
+            Resident(model),
+            lambda run: run.each(solve),
+            sites=arch.of_kind("linear"),
+            needs=(ColumnNorm,),
+        )
     assert all(id(p) == before[name][0] and torch.equal(p, before[name][1]) for name, p in model.named_parameters())
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
 
@@ -157,8 +165,8 @@ def after_block(number):
     def patch():
         write = journals.Journal.write
 
-        def fatal(self, block, forms, hidden):
-            write(self, block, forms, hidden)
+        def fatal(self, block, *written):
+            write(self, block, *written)
             if block == number:
                 die()
 

@@ -24,10 +24,14 @@ from torch import Tensor, nn
 from pumice import __version__, recipe
 from pumice.arch.detect import Arch, detect
 from pumice.arch.weights import Resident, Shards
+from pumice.budget import apportion
+from pumice.calib import parallel
+from pumice.calib.block import BlockRun
 from pumice.calib.data import Windows, tokens
 from pumice.calib.journal import Journal
-from pumice.calib.stats import SiteStats
-from pumice.calib.stream import Source, stream, verify
+from pumice.calib.spill import DEFAULT_GB, Spill
+from pumice.calib.stream import Source, verify
+from pumice.calib.work import Work
 from pumice.disk import cache_dir, write
 from pumice.errors import PumiceError
 from pumice.forms import Form, Mask, Slim
@@ -64,32 +68,39 @@ def sparsify(
     seed: int = 0,
     bos: bool = False,
     name: str | None = None,
+    after: Plan | None = None,
+    memory: float = DEFAULT_GB,
     resume: bool = True,
     check: bool = True,
 ) -> Plan:
     """The plan of one or several methods for a model, which is left exactly as it was.
 
-    `method`: a method, a name, or a recipe (YAML file, list, dict); later methods see the weights of the earlier ones.
-    `data`: a source name, texts, token ids [N, T], or Windows; read only if a method measures something.
+    `method`: a method, a name (`wanda+dsnot`: the second refines the first), or a recipe (YAML file, list, dict);
+    later methods see the weights of the earlier ones. `after`: a plan for this model whose masks the first method
+    starts from. `data`: a source name, texts, token ids [N, T], or Windows; read only if a method measures something.
+    `memory`: gigabytes of hidden states that are kept in memory; what is more lies in files.
     A run that was killed goes on at the block it had reached, with a bit-identical result (`resume=False` to restart).
     """
-    methods = recipe.read(method)
+    chains = recipe.chains(recipe.read(method))
     check_unspliced(model)
     base = {"name": name or getattr(model, "name_or_path", "") or type(model).__name__}
     base["fingerprint"] = fingerprint_model(model)
+    if after is not None and after.base.get("fingerprint") not in (None, base["fingerprint"]):
+        raise PumiceError(f"the plan to start from was made for other weights ({after.base.get('name', '?')}).")
     text: Windows | None = None
     plan = Plan(base=base)
-    for one in methods:
-        if one.needs and text is None:
+    for chain in chains:
+        if needs_text(chain) and text is None:
             text = _windows(
                 data, tokenizer or _tokenizer(model, data), windows=windows, window=window, seed=seed, bos=bos
             )
         weights_so_far = replace(plan, select={})
         with applied(model, weights_so_far, check=False) if plan.weights else nullcontext():
-            journal = _journal(model, one, text, base, plan.recipe) if one.needs and resume else None
-            plan = plan.merge(_solve(model, one, text, Resident(model), base, journal, check=check))
-        if journal is not None:
-            journal.finish()
+            journals = _Journals(model, chain, text, base, plan.recipe, after, on=resume and needs_text(chain))
+            settings = {"journals": journals, "spill": Spill(memory), "after": after, "check": check}
+            plan = plan.merge(_solve(model, chain, text, Resident(model), base, **settings))
+        journals.finish()
+        after = None
     return _with_applied(model, plan) if plan.weights else plan
 
 
@@ -105,26 +116,32 @@ def sparsify_folder(
     seed: int = 0,
     bos: bool = False,
     name: str | None = None,
+    memory: float = DEFAULT_GB,
     resume: bool = True,
 ) -> Plan:
     """Prune a model larger than memory from its safetensors shards into `out`, one block resident at a time.
 
-    One weight-pruning method. Shards of `out` are written as blocks are done; a run that was killed or failed goes on
-    where it was (`resume=False` to restart). `name` is the base as the plan names it; default: the folder.
+    One weight-pruning method, or a chain such as `wanda+dsnot`. Shards of `out` are written as blocks are done; a run
+    that was killed or failed goes on where it was (`resume=False` to restart). `name` is the base as the plan names
+    it; default: the folder.
     """
-    one, *more = recipe.read(method)
+    chain, *more = recipe.chains(recipe.read(method))
     if more:
         raise PumiceError("a model larger than memory takes one method at a time; run the recipe's entries in turn.")
     source = Shards(folder)
-    text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos) if one.needs else None
-    run = str((recipe.describe(one), _identity(text), __version__))
+    text = None
+    if needs_text(chain):
+        text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos)
+    run = str((*map(recipe.describe, chain), _identity(text), __version__))
     writer = ShardWriter(folder, out, run=run, resume=resume)
-    journal = Journal(writer.partial)  # beside the shards it speaks of, so that neither is found without the other
-    watched = _Digesting(source, journal.folder / "digests.json")
+    journals = _Beside(writer.partial)  # beside the shards it speaks of, so that neither is found without the other
+    watched = _Digesting(source, writer.partial / "digests.json")
 
     def done(block: Block, forms: dict[str, Form]) -> None:
         if any(not isinstance(form, Mask) for form in forms.values()):
-            raise PumiceError(f"{one.name} changes no weights, so there is nothing to stream; run it without --stream.")
+            raise PumiceError(
+                f"{_named(chain)} makes no masks, so there is nothing to stream; run it without --stream."
+            )
         tensors = {f"{block.name}.{key}": p.detach() for key, p in block.module.named_parameters()}
         writer.write(f"block-{block.index:05d}", source.reverse(tensors))
         watched.note("applied", tensors.items())
@@ -132,10 +149,12 @@ def sparsify_folder(
     with writer.kept_if_begun():
         watched.load_rest()
         watched.release_rest()
-        plan = _solve(source.model, one, text, watched, {"name": name or str(folder)}, journal, done=done)
+        base = {"name": name or str(folder)}
+        settings = {"journals": journals, "spill": Spill(memory, writer.partial / "spill"), "done": done}
+        plan = _solve(source.model, chain, text, watched, base, **settings)
         plan = replace(plan, base={**plan.base, **watched.fingerprints()})
         writer.fill(plan)
-        journal.finish()  # only now: a disk that is full above costs no block
+        journals.finish()  # only now: a disk that is full above costs no block
         writer.publish()
     return plan
 
@@ -175,42 +194,101 @@ class _Digesting:
         return {which: fingerprint(map(bytes.fromhex, found.values())) for which, found in self.digests.items()}
 
 
-def _solve(model, method, text: Windows | None, source: Source, base: dict, journal, *, done=None, check=False) -> Plan:
+def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, journals, spill, after=None,
+           done=None, check=False) -> Plan:  # fmt: skip
     arch = detect(model)
-    sites = choose_sites(arch, method)
-    if method.needs and check:
+    first = chain[0]
+    sites = choose_sites(arch, first)
+    needs = tuple(dict.fromkeys(need for one in chain for need in one.needs))
+    if needs_text(chain) and check:
         verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
+    work = Work(model=model, arch=arch, windows=text, source=source, sites=sites, journals=journals, spill=spill)
+    budgets = [_budget(work, one) for one in chain]
 
-    def solve(site: Site, stats: SiteStats) -> Form | None:
-        _check_finite(site)
-        return method.solve(site, stats)
+    def decide(run: BlockRun) -> dict[str, Form]:
+        for site in run.sites:
+            _check_finite(site)
+        if after is not None:
+            run.before = {site.name: after.weights[site.name] for site in run.sites if site.name in after.weights}
+        for one, run.budget in zip(chain, budgets, strict=True):
+            run.before = {**run.before, **_decide(one, run)}
+        return run.before
 
-    forms = stream(
-        model,
-        arch,
-        text,
-        source,
-        solve,
-        sites=sites,
-        needs=method.needs,
-        journal=journal,
-        done=done,
-        title=f"{method.name}: blocks",
-    )
+    rows = [one.rows for one in chain if getattr(one, "rows", None)]
+    dense = any(getattr(one, "reference", "") == "dense" for one in chain)
+    forms = work.stream(decide, _named(chain), needs=needs, rows=min(rows, default=None), dense=dense, done=done)
     weights = {name: form for name, form in forms.items() if isinstance(form, (Mask, Slim))}
     return Plan(
         weights=weights,
         select={name: form for name, form in forms.items() if name not in weights},
-        recipe=[recipe.describe(method)],
-        calibration=dict(text.protocol) if method.needs else {},
+        recipe=[*(after.recipe if after else []), *map(recipe.describe, chain)],
+        calibration=dict(text.protocol) if needs_text(chain) else {},
         base=base,
+        measurements={"notes": work.notes} if work.notes else {},
     )
 
 
-def _journal(model: nn.Module, method, text: Windows | None, base: dict, before: list) -> Journal:
-    """The journal of one method on these weights. Their fingerprint is one in fp32 and bf16, their masks are not."""
-    made = (model.dtype, model.device.type, torch.__version__, __version__)
-    return Journal(cache_dir(), base["fingerprint"], before, recipe.describe(method), _identity(text), *made)
+def _decide(one: Any, run: BlockRun) -> dict[str, Form]:
+    if hasattr(one, "solve_block"):
+        return one.solve_block(run)
+    shared = {s: replace(one, sparsity=s, allocation="uniform") for s in set(run.budget.values())}
+    return run.each(lambda site, stats: shared.get(run.budget.get(site.name), one).solve(site, stats))
+
+
+def _budget(work: Work, one: Any) -> dict[str, float]:
+    """The sparsity of every site that `one` decides, where its allocation is not uniform; exact over all of them."""
+    if getattr(one, "allocation", "uniform") == "uniform":
+        return {}
+    way = recipe.allocation(one.allocation)
+    wanted = work.once(f"{way.name}", lambda: way.allocate(work, one.sparsity))
+    return apportion(wanted, {site.name: site.units for site in work.sites}, one.sparsity)
+
+
+def needs_text(chain: list[Any]) -> bool:
+    """Whether any of the methods, or an allocation among them, looks at calibration text."""
+    return any(
+        one.needs or getattr(one, "rows", None) or getattr(one, "allocation", "uniform") != "uniform" for one in chain
+    )
+
+
+def _named(chain: list[Any]) -> str:
+    return "+".join(one.name for one in chain)
+
+
+class _Journals:
+    """The journals of one chain on these weights, one for each part of its work.
+
+    The weights' fingerprint is one in fp32 and bf16, their masks are not.
+    """
+
+    def __init__(self, model, chain, text: Windows | None, base: dict, before: list, after, on: bool) -> None:
+        made = (model.dtype, model.device.type, torch.__version__, __version__, parallel.rank(), parallel.world())
+        said = after.recipe if after is not None else None
+        self.key = (base["fingerprint"], before, said, *map(recipe.describe, chain), _identity(text), *made)
+        self.on, self.opened = on, []
+
+    def __call__(self, what: str) -> Journal | None:
+        if not self.on:
+            return None
+        self.opened.append(Journal(cache_dir(), *self.key, what))
+        return self.opened[-1]
+
+    def finish(self) -> None:
+        for journal in self.opened:
+            journal.finish()
+
+
+class _Beside:
+    """Journals in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.opened = folder, []
+
+    def __call__(self, what: str) -> Journal:
+        self.opened.append(Journal(self.folder, what))
+        return self.opened[-1]
+
+    finish = _Journals.finish
 
 
 def _identity(text: Windows | None) -> tuple | None:

@@ -1,5 +1,7 @@
 """Exact budgets: which entries a sparsity request removes, to the element, with ties broken the same way everywhere.
 
+A pattern says where zeros may lie in one matrix; an allocation says how a budget is shared among matrices.
+
 Entries are dropped in ascending order of score; among equal scores the lowest column goes first (a checkpoint that was
 once quantised ties in most rows). NaN sorts last, so it stays live and is seen.
 """
@@ -7,11 +9,13 @@ once quantised ties in most rows). NaN sorts last, so it stays live and is seen.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pumice import recipe
 from pumice.errors import PumiceError
 
 
@@ -29,10 +33,22 @@ def drop_lowest(score: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Row:
-    """Compare within each output row: every row loses floor(in·s) weights."""
+    """Compare within each output row: every row loses as many weights as any other, or one more.
+
+    The matrix loses floor(out·in·s): where that is no multiple of the rows, one more goes from those rows whose next
+    weight scores least.
+    """
 
     def keep(self, score: Tensor, sparsity: float) -> Tensor:
-        return drop_lowest(score, removed(score.shape[-1], sparsity))
+        total = removed(score.numel(), sparsity)
+        each, more = divmod(total, max(score.shape[0], 1))
+        order = score.argsort(dim=-1, stable=True)
+        keep = torch.ones_like(score, dtype=torch.bool).scatter_(-1, order[:, :each], False)
+        if more:
+            following = order[:, each : each + 1]
+            rows = score.gather(-1, following).flatten().argsort(stable=True)[:more]
+            keep[rows, following[rows, 0]] = False
+        return keep
 
     def __str__(self) -> str:
         return "row"
@@ -96,3 +112,48 @@ def _parse(text: str) -> Pattern:
     if match and 0 < int(match[1]) < int(match[2]):
         return NM(int(match[1]), int(match[2]))
     raise PumiceError(f"pattern is 'row', 'free' or 'N:M' with N kept of M columns, such as 2:4; got {text!r}.")
+
+
+def apportion(wanted: Mapping[str, float], sizes: Mapping[str, int], sparsity: float) -> dict[str, float]:
+    """Sparsities near `wanted` that remove floor(Σ sizes · sparsity) entries in all, to the element.
+
+    One offset is added to all, those that it would carry past 0 or 1 staying there; what the floor of each leaves over
+    goes to the largest fractions. `sizes[name] * result[name]` is a whole number.
+    """
+    names = list(wanted)
+    size = torch.tensor([sizes[name] for name in names], dtype=torch.float64)
+    want = torch.tensor([wanted[name] for name in names], dtype=torch.float64)
+    if not bool(torch.isfinite(want).all()):
+        raise PumiceError(f"the allocation of {names[int((~torch.isfinite(want)).nonzero()[0])]} is NaN or infinite.")
+    total = removed(sum(sizes[name] for name in names), sparsity)
+    low, high = -1 - want.max().item(), 1 - want.min().item() + 1
+    for _ in range(200):
+        offset = (low + high) / 2
+        low, high = (offset, high) if ((want + offset).clamp(0, 1) * size).sum() < total else (low, offset)
+    exact = (want + high).clamp(0, 1) * size
+    counts = (exact + 1e-6).floor().clamp(max=size)
+    order = (exact - counts).argsort(descending=True, stable=True)
+    left = total - int(counts.sum())
+    while left:
+        step = 1 if left > 0 else -1
+        for index in order[: abs(left)] if step > 0 else order.flip(0)[: abs(left)]:
+            if 0 <= counts[index] + step <= size[index] and left:
+                counts[index] += step
+                left -= step
+    return {name: int(count) / sizes[name] for name, count in zip(names, counts, strict=True)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """The settings of every method that makes a Mask: how much goes, in which pattern, and how matrices share it."""
+
+    sparsity: float = 0.5
+    pattern: Pattern | str = Row()
+    allocation: str = "uniform"  # see methods/allocation/
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pattern", parse_pattern(self.pattern, self.sparsity))
+        if isinstance(self.pattern, NM) and self.allocation != "uniform":
+            raise PumiceError(f"the pattern {self.pattern} fixes the sparsity of every matrix; leave allocation out.")
+        if self.allocation != "uniform":
+            recipe.allocation(self.allocation)  # refuse what is misspelt before any work

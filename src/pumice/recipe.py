@@ -13,7 +13,43 @@ from pumice.errors import PumiceError, unknown
 
 def build(name: str, settings: dict[str, Any]) -> Any:
     """A method from its name and settings (strings from a command line are read as the field's type)."""
-    cls = registry.get(name)
+    return _build(registry.get(name), name, settings)
+
+
+def build_all(names: str, settings: dict[str, Any]) -> list[Any]:
+    """`wanda+dsnot`: methods of which each takes the settings that it has; one that none has is an error."""
+    classes = {name: registry.get(name) for name in names.split("+")}
+    taken = {name: {field.name for field in fields(cls)} for name, cls in classes.items()}
+    for key in settings:
+        if not any(key in known for known in taken.values()):
+            raise unknown(f"{names} setting", key, set().union(*taken.values()))
+    own = {name: {key: value for key, value in settings.items() if key in known} for name, known in taken.items()}
+    return [_build(cls, name, own[name]) for name, cls in classes.items()]
+
+
+def allocation(text: str) -> Any:
+    """`owl` or `owl(spread=0.1, m=5)` -> the allocation; an unknown name is answered with the nearest ones."""
+    match = re.fullmatch(r"\s*(\w+)\s*(?:\((.*)\))?\s*", str(text))
+    known = registry.allocations()
+    if match is None or match[1] not in known:
+        raise unknown("allocation", str(text), ["uniform", *known])
+    pairs = [pair.partition("=") for pair in (match[2] or "").split(",") if pair.strip()]
+    settings = {key.strip(): value.strip() for key, _, value in pairs}
+    return _build(known[match[1]].load(), match[1], settings)
+
+
+def chains(methods: list[Any]) -> list[list[Any]]:
+    """Methods that run in one pass: each that refines the masks of another joins the one before it."""
+    found: list[list[Any]] = []
+    for one in methods:
+        if one.refines and found:
+            found[-1].append(one)
+        else:
+            found.append([one])
+    return found
+
+
+def _build(cls: type, name: str, settings: dict[str, Any]) -> Any:
     known = {field.name: field for field in fields(cls)}
     for key in settings:
         if key not in known:
@@ -55,11 +91,11 @@ def read(source: str | Path | list | dict | Any) -> list[Any]:
             raise PumiceError("the recipe is empty: give a list of `- method: NAME` entries.")
         return [method for entry in source for method in read(entry)]
     if isinstance(source, str):
-        return [build(source, {})]
+        return build_all(source, {})
     if isinstance(source, dict):
         if "method" not in source:
             raise PumiceError(f"a recipe entry needs `method: NAME`; got {source!r}.")
-        return [build(str(source["method"]), {key: value for key, value in source.items() if key != "method"})]
+        return build_all(str(source["method"]), {key: value for key, value in source.items() if key != "method"})
     if hasattr(source, "name") and hasattr(source, "kinds"):
         return [source]
     raise PumiceError(f"a recipe is a YAML file, a list, a dict, a method's name or a method; got {source!r}.")

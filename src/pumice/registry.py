@@ -37,9 +37,10 @@ def method(name: str, *, kinds: Sequence[str]) -> Callable[[type], type]:
     def decorate(cls: type) -> type:
         cls.__annotations__ = {**cls.__annotations__, "where": "str"}
         cls.where = "*"  # which sites: a glob over their names, or `re:` and a regular expression
-        cls.__post_init__ = _checked(cls.__dict__.get("__post_init__"))
+        cls.__post_init__ = _checked(getattr(cls, "__post_init__", None))
         cls = dataclass(frozen=True, kw_only=True)(cls)
         cls.name, cls.kinds = name, tuple(kinds)
+        cls.refines = getattr(cls, "refines", False)  # starts from the masks of the method before it
         if not hasattr(cls, "needs"):
             cls.needs = ()
         return cls
@@ -69,14 +70,20 @@ def _check_sparsity(name: str, sparsity) -> None:
 
 def methods() -> dict[str, Entry]:
     """Every method by name; listing them imports none."""
-    found = {}
-    for when in WHEN:
-        folder = Path(__file__).parent / "methods" / when
-        for module in pkgutil.iter_modules([str(folder)]):
-            found[module.name] = Entry(module.name, when, f"pumice.methods.{when}.{module.name}")
+    found = {name: entry for when in WHEN for name, entry in _ours(when).items()}
     for point in entry_points(group="pumice.methods"):
         found[point.name] = Entry(point.name, "third party", point.value.partition(":")[0])
     return found
+
+
+def allocations() -> dict[str, Entry]:
+    """Every way to share a budget among matrices, by name; `uniform`, which needs no code, is not among them."""
+    return _ours("allocation")
+
+
+def _ours(folder: str) -> dict[str, Entry]:
+    found = pkgutil.iter_modules([str(Path(__file__).parent / "methods" / folder)])
+    return {module.name: Entry(module.name, folder, f"pumice.methods.{folder}.{module.name}") for module in found}
 
 
 def get(name: str) -> type:

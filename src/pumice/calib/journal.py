@@ -26,40 +26,47 @@ class Journal:
         self.folder = root / "journal" / key
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def write(self, block: int, forms: dict[str, Form], hidden: list[Tensor]) -> None:
+    def write(self, block: int, forms: dict[str, Form], hidden: dict[str, list[Tensor]], notes: list[str]) -> None:
         """Record a finished block, then forget the hidden states of the block before."""
         tensors: dict[str, Tensor] = {}
         state: dict[str, Tensor] = {}
         put, put_state = collector(tensors), collector(state)
         data = json.dumps({name: encode(form, put, name) for name, form in forms.items()})
-        for i, rows in enumerate(hidden):
-            put_state(f"hidden/{i}", rows)
+        for stream, groups in hidden.items():
+            for i, rows in enumerate(groups):
+                put_state(f"{stream}/{i}", rows)
         write(self._hidden(block), lambda path: save_file(state or {"none": torch.zeros(1)}, path))
-        write(self._forms(block), lambda path: save_file(tensors or {"none": torch.zeros(1)}, path, {"forms": data}))
+        said = {"forms": data, "notes": json.dumps(notes)}
+        write(self._forms(block), lambda path: save_file(tensors or {"none": torch.zeros(1)}, path, said))
         self._hidden(block - 1).unlink(missing_ok=True)
 
-    def resume(self) -> tuple[dict[str, Form], int, list[Tensor]]:
-        """Forms of the finished blocks, the first block to do, and the hidden states that enter it."""
+    def resume(self) -> tuple[dict[str, Form], int, dict[str, list[Tensor]], list[str]]:
+        """Forms of the finished blocks, the first block to do, the hidden states that enter it, and what was noted."""
         try:
-            forms, block = self._finished()
-            return forms, block, self._entering(block) if block else []
+            forms, block, notes = self._finished()
+            return forms, block, self._entering(block) if block else {}, notes
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, PumiceError):
-            return {}, 0, []  # damaged, as after a power cut: begin again
+            return {}, 0, {}, []  # damaged, as after a power cut: begin again
 
-    def _finished(self) -> tuple[dict[str, Form], int]:
+    def _finished(self) -> tuple[dict[str, Form], int, list[str]]:
         forms: dict[str, Form] = {}
+        notes: list[str] = []
         block = 0
         while self._forms(block).exists():
             with safe_open(self._forms(block), "pt") as file:
                 stored = json.loads(file.metadata()["forms"])
                 forms |= {name: decode(data, file.get_tensor) for name, data in stored.items()}
+                notes += json.loads(file.metadata()["notes"])
             block += 1
-        return forms, block
+        return forms, block, notes
 
-    def _entering(self, block: int) -> list[Tensor]:
+    def _entering(self, block: int) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
         with safe_open(self._hidden(block - 1), "pt") as file:
-            count = sum(key != "none" for key in file.keys())  # noqa: SIM118
-            return [file.get_tensor(f"hidden/{i}") for i in range(count)]
+            keys = (key.split("/") for key in file.keys() if key != "none")  # noqa: SIM118
+            for stream, i in sorted(keys, key=lambda key: int(key[1])):
+                found.setdefault(stream, []).append(file.get_tensor(f"{stream}/{i}"))
+        return found
 
     def finish(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -6,13 +6,16 @@ A statistic sees fp32 rows x [tokens, width] and sums in fp64, so that the order
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from pumice.errors import PumiceError
 from pumice.sites import Site
+
+if TYPE_CHECKING:
+    from pumice.forms import Mask
 
 
 class Stat(Protocol):
@@ -52,11 +55,58 @@ class TokenShare:
         return self.squares.sqrt().float()
 
 
-class SiteStats(Mapping):
-    """What a method reads at one site: `stats[ColumnNorm]` is the value for the site's input tensor."""
+class Hessian:
+    """XᵀX / tokens: the Hessian of ‖WX - W'X‖² but for a factor, shared by all matrices that read X. fp64, [in, in]."""
 
-    def __init__(self, site: Site, collected: dict[tuple[str, type], Stat]) -> None:
-        self._site, self._collected = site, collected
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sum = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        self.sum += x.T @ x  # products in fp32, the sum over replays in fp64
+        self.tokens += len(x)
+
+    def value(self) -> Tensor:
+        return self.sum / self.tokens.clamp_min(1)
+
+
+class Moments:
+    """Mean and variance of every input column over all tokens: [2, width]."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(width, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor) -> None:
+        self.sum += x.sum(0, dtype=torch.float64)
+        self.squares += x.double().square().sum(0)
+        self.tokens += len(x)
+
+    def value(self) -> Tensor:
+        mean = self.sum / self.tokens.clamp_min(1)
+        return torch.stack([mean, (self.squares / self.tokens.clamp_min(1) - mean.square()).clamp_min(0)])
+
+
+class SiteStats(Mapping):
+    """What a method reads at one site: `stats[ColumnNorm]` is the value for the site's input tensor.
+
+    `before` is the Mask that an earlier method of the same recipe made, for methods that refine one.
+    """
+
+    def __init__(
+        self,
+        site: Site,
+        collected: dict[tuple[str, type], Stat],
+        before: Mask | None = None,
+        notes: list[str] | None = None,
+    ) -> None:
+        self._site, self._collected, self.before = site, collected, before
+        self._notes = [] if notes is None else notes
+
+    def note(self, text: str) -> None:
+        """Say something that the user should read at the end: a matrix that needed more dampening, say."""
+        self._notes.append(f"{self._site.name}: {text}")
 
     def __getitem__(self, stat: type) -> Tensor:
         found = self._collected.get((self._site.input, stat))

@@ -18,9 +18,12 @@ from tqdm.auto import tqdm
 from pumice.arch.detect import Arch
 from pumice.arch.experts import expert_forward
 from pumice.arch.trace import Call, first_call, hidden_of, quiet, trace
+from pumice.calib import parallel
+from pumice.calib.block import BlockRun, Samples
 from pumice.calib.data import Windows
 from pumice.calib.journal import Journal
-from pumice.calib.stats import SiteStats, Stat
+from pumice.calib.spill import Spill
+from pumice.calib.stats import Stat
 from pumice.errors import PumiceError
 from pumice.forms import Form, Mask
 from pumice.sites import Block, Site
@@ -37,7 +40,7 @@ class Source(Protocol):
     def release(self, block: nn.Module, name: str) -> None: ...
 
 
-Solve = Callable[[Site, SiteStats], Form | None]
+Decide = Callable[[BlockRun], dict[str, Form]]
 
 
 @torch.no_grad()
@@ -46,63 +49,91 @@ def stream(
     arch: Arch,
     windows: Windows | None,
     source: Source,
-    solve: Solve,
+    decide: Decide,
     *,
     sites: Iterable[Site],
     needs: tuple[type, ...] = (),
+    rows: int | None = None,
+    dense: bool = False,
+    spill: Spill | None = None,
+    notes: list[str] | None = None,
     journal: Journal | None = None,
     done: Callable[[Block, dict[str, Form]], None] | None = None,
     title: str = "blocks",
 ) -> dict[str, Form]:
     """Forms of `sites` by name. `done(block, forms)` is called while the block is resident with its forms applied.
 
-    `windows` may be None for methods that need no statistics: then no text runs through the model.
+    `windows` may be None for methods that need no statistics: then no text runs through the model. `rows`: windows in
+    one replay; None: as many as make 2048 tokens. `dense` keeps the stream of the dense model too. `notes` receives
+    what methods have to say.
     """
     chosen: dict[int, list[Site]] = {}
     for site in sites:
         chosen.setdefault(site.block, []).append(site)
-    replays = _start(model, arch, windows, source) if needs else None
+    spill = spill or Spill()
+    replays = _start(model, arch, windows, source, rows, spill) if needs or rows or dense else None
+    if replays is not None and dense:
+        replays.streams["dense"] = replays.streams["sparse"]
     forms: dict[str, Form] = {}
+    notes = [] if notes is None else notes
     first = 0
     if journal is not None:
-        forms, first, hidden = journal.resume()
+        forms, first, hidden, before = journal.resume()
+        notes += before
         if replays is not None and first:
-            replays.hidden = [state.to(replays.valid.device) for state in hidden]
+            replays.resume(hidden)
     if first == len(arch.blocks):
         return forms
     bar = tqdm(desc=title, unit="block", initial=first, total=len(arch.blocks), leave=False)
     with bar, quiet(model):  # in evaluation mode: dropout would be measured too
         for block in arch.blocks[first:]:
+            said: list[str] = []
             source.load(block.module, block.name)
             try:
-                solved = _one_block(block, chosen.get(block.index, []), needs, replays, solve)
+                solved = _one_block(block, chosen.get(block.index, []), needs, replays, decide, said)
                 if done is not None:
                     done(block, solved)
             finally:
                 source.release(block.module, block.name)
             forms |= solved
+            notes += said
             if journal is not None:
-                journal.write(block.index, solved, replays.hidden if replays else [])
+                journal.write(block.index, solved, replays.streams if replays else {}, said)
             bar.update()
     return forms
 
 
-def _one_block(block: Block, sites: list[Site], needs, replays: Replays | None, solve: Solve) -> dict[str, Form]:
+def _one_block(
+    block: Block, sites: list[Site], needs, replays: Replays | None, decide: Decide, notes: list[str]
+) -> dict[str, Form]:
     collected: dict[tuple[str, type], Stat] = {}
-    outputs = None
+    outputs = dense = None
     if replays is not None:
         with collecting(block, sites, needs, collected, lambda: replays.valid):
-            outputs = replays.run(block)
-    solved = {site.name: form for site in sites if (form := solve(site, SiteStats(site, collected))) is not None}
+            outputs = replays.run(block, "sparse")
+        parallel.reduce_stats(collected, lambda key, width: _stat(collected, needs, key, width, replays.valid.device))
+        dense = outputs
+        if "dense" in replays.streams:
+            same = replays.streams["dense"] is replays.streams["sparse"]
+            dense = outputs if same else replays.run(block, "dense")
+    samples = Samples(block, replays, outputs, dense) if replays is not None else None
+    solved = decide(BlockRun(block=block, sites=sites, collected=collected, samples=samples, notes=notes))
     masks = {name: form for name, form in solved.items() if isinstance(form, Mask)}
     for site in sites:
         if site.name in masks:
             weight = site.matrix()
             weight.copy_(masks[site.name].reference(weight))
     if replays is not None:
-        replays.hidden = replays.run(block) if masks else outputs
-        _check_finite(block, replays.hidden)  # after the sites, whose own errors say more
+        replays.streams["sparse"] = replays.run(block, "sparse") if masks else outputs
+        if "dense" in replays.streams:
+            replays.streams["dense"] = dense
+        _check_finite(block, replays.streams["sparse"])  # after the sites, whose own errors say more
     return solved
+
+
+def _stat(collected: dict, needs: tuple[type, ...], key: tuple[str, str], width: int, device) -> Stat:
+    need = next(need for need in needs if need.__qualname__ == key[1])
+    return collected.setdefault((key[0], need), need(width, device))
 
 
 def _check_finite(block: Block, hidden: list[Tensor]) -> None:
@@ -114,32 +145,43 @@ def _check_finite(block: Block, hidden: list[Tensor]) -> None:
 
 
 class Replays:
-    """The recorded calls of every block for each group of windows, and the hidden states that enter the next block."""
+    """The recorded calls of every block for each group of windows, and the hidden states that enter the next block.
 
-    def __init__(self, groups: list[tuple[Tensor, list[Call]]]) -> None:
-        self.groups = groups
-        self.hidden = [calls[0].hidden for _, calls in groups]
+    `streams` are these states as the sparse model makes them, and as the dense one does where that is asked for.
+    """
+
+    def __init__(self, groups: list[tuple[Tensor, list[Call]]], spill: Spill) -> None:
+        self.groups, self.spill = groups, spill
+        self.streams = {"sparse": [calls[0].hidden for _, calls in groups]}
         self.valid = groups[0][0]  # bool [rows, T] of the group that is running
 
-    def run(self, block: Block) -> list[Tensor]:
-        outputs = []
-        for (valid, calls), hidden in zip(self.groups, self.hidden, strict=True):
-            self.valid = valid
-            outputs.append(hidden_of(calls[block.index].with_hidden(hidden)(block.module)))
-        return outputs
+    def call(self, block: Block, group: int, hidden: Tensor) -> Call:
+        self.valid, calls = self.groups[group]
+        return calls[block.index].with_hidden(hidden.to(self.valid.device))
+
+    def run(self, block: Block, stream: str) -> list[Tensor]:
+        return [
+            self.spill.keep(hidden_of(self.call(block, group, hidden)(block.module)))
+            for group, hidden in enumerate(self.streams[stream])
+        ]
+
+    def resume(self, streams: dict[str, list[Tensor]]) -> None:
+        for name in self.streams:
+            self.streams[name] = [self.spill.keep(state.to(self.valid.device)) for state in streams[name]]
 
 
-def _start(model: nn.Module, arch: Arch, windows: Windows | None, source: Source) -> Replays:
+def _start(model: nn.Module, arch: Arch, windows: Windows | None, source: Source, rows, spill: Spill) -> Replays:
     if windows is None:
         raise PumiceError("this method needs calibration text: give `data`, such as 'builtin' or 'file:PATH'.")
-    rows = max(1, GROUP // windows.ids.shape[1])
+    rows = rows or max(1, GROUP // windows.ids.shape[1])
+    texts = parallel.share(list(zip(windows.ids.split(rows), windows.valid.split(rows), strict=True)))
     modules, first = [block.module for block in arch.blocks], arch.blocks[0]
     source.load_rest()
     source.load(first.module, first.name)
     try:
         output, groups = None, []
         device = model.get_input_embeddings().weight.device
-        for ids, valid in zip(windows.ids.split(rows), windows.valid.split(rows), strict=True):
+        for ids, valid in texts:
             ids, valid = ids.to(device), valid.to(device)
             mask = None if bool(valid.all()) else valid.long()
             if output is None:  # the structure that a block returns
@@ -148,7 +190,7 @@ def _start(model: nn.Module, arch: Arch, windows: Windows | None, source: Source
     finally:
         source.release(first.module, first.name)
         source.release_rest()
-    return Replays(groups)
+    return Replays(groups, spill)
 
 
 @contextmanager

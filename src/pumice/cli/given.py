@@ -24,10 +24,10 @@ def methods_from(method: str | None, recipe_file: str | None, rest: list[str], *
         if settings:
             raise PumiceError(f"--{next(iter(settings))} belongs to a --method; with --recipe it stands in the file.")
         return recipe.read(Path(recipe_file))
-    known = {field.name for field in fields(registry.get(method))}
+    known = {field.name for name in method.split("+") for field in fields(registry.get(name))}
     for name in settings.keys() - known:
         raise unknown("flag", f"--{name}", [f"--{other}" for other in (*known, *flags)])
-    return [recipe.build(method, settings | ({"seed": seed} if "seed" in known else {}))]
+    return recipe.build_all(method, settings | ({"seed": seed} if "seed" in known else {}))
 
 
 def parse_flags(flags: list[str]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pumice.budget import Pattern, Row, parse_pattern
+from pumice.budget import Budget
 from pumice.calib.stats import SiteStats
 from pumice.forms import Mask
 from pumice.registry import method
@@ -10,14 +10,8 @@ from pumice.sites import Site
 
 
 @method("magnitude", kinds=["linear"])
-class Magnitude:
+class Magnitude(Budget):
     """Keeps the largest weights; looks at no text."""
-
-    sparsity: float = 0.5
-    pattern: Pattern | str = Row()
-
-    def __post_init__(self):
-        object.__setattr__(self, "pattern", parse_pattern(self.pattern, self.sparsity))
 
     def solve(self, site: Site, stats: SiteStats) -> Mask:
         return Mask.keeping(self.pattern.keep(site.weight.abs(), self.sparsity), self.pattern)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pumice.budget import Pattern, Row, parse_pattern
+from pumice.budget import Budget
 from pumice.calib.stats import ColumnNorm, SiteStats
 from pumice.forms import Mask
 from pumice.registry import method
@@ -10,15 +10,10 @@ from pumice.sites import Site
 
 
 @method("wanda", kinds=["linear"])
-class Wanda:
+class Wanda(Budget):
     """Keeps weights that are large and read large inputs; no weight changes its value."""
 
-    sparsity: float = 0.5
-    pattern: Pattern | str = Row()
     needs = (ColumnNorm,)
-
-    def __post_init__(self):
-        object.__setattr__(self, "pattern", parse_pattern(self.pattern, self.sparsity))
 
     def solve(self, site: Site, stats: SiteStats) -> Mask:
         score = site.weight.abs() * stats[ColumnNorm]  # [out, in] * [in]

@@ -1,0 +1,100 @@
+"""One decoder block as a method sees it: its sites, their statistics, and its samples to run with other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from pumice.arch.trace import hidden_of
+from pumice.calib.stats import SiteStats, Stat
+from pumice.errors import PumiceError
+from pumice.forms import Form, Mask
+from pumice.sites import Block, Site, owner
+
+if TYPE_CHECKING:
+    from pumice.calib.stream import Replays
+
+Reference = Literal["stream", "dense"]
+
+
+class Samples:
+    """The groups of windows that enter a block, and what its dense form makes of them.
+
+    `target(i, "stream")` is the dense block on what the sparse blocks before it gave: the error of this block alone;
+    `target(i, "dense")` the dense block on the dense model's stream: all the error so far.
+    """
+
+    def __init__(self, block: Block, replays: Replays, outputs: list[Tensor], dense: list[Tensor]) -> None:
+        self.block, self.replays = block, replays
+        self._targets = {"stream": outputs, "dense": dense}
+
+    def __len__(self) -> int:
+        return len(self.replays.groups)
+
+    def valid(self, i: int) -> Tensor:
+        """Which positions are text, bool [rows, T]."""
+        return self.replays.groups[i][0]
+
+    def target(self, i: int, reference: Reference) -> Tensor:
+        return self._targets[reference][i].to(self.valid(i).device)
+
+    def forward(self, i: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output on group `i`, [rows, T, d], with `parameters` (by their names in the block) exchanged."""
+        call = self.replays.call(self.block, i, self.replays.streams["sparse"][i])
+        return hidden_of(functional_call(self.block.module, dict(parameters or {}), call.args, call.kwargs))
+
+
+@dataclass(eq=False, kw_only=True)
+class BlockRun:
+    """What a method decides from. `before` holds the Masks that an earlier method of the recipe made in this block.
+
+    `budget` is the sparsity of each site where an allocation says it.
+    """
+
+    block: Block
+    sites: list[Site]
+    collected: dict[tuple[str, type], Stat]
+    samples: Samples | None
+    notes: list[str]
+    before: dict[str, Form] = field(default_factory=dict)
+    budget: Mapping[str, float] = field(default_factory=dict)
+
+    def stats(self, site: Site) -> SiteStats:
+        return SiteStats(site, self.collected, self.before.get(site.name), self.notes)
+
+    def each(self, solve: Callable[[Site, SiteStats], Form | None]) -> dict[str, Form]:
+        """Decide site by site."""
+        solved = {site.name: solve(site, self.stats(site)) for site in self.sites}
+        return {name: form for name, form in solved.items() if form is not None}
+
+    def masks(self, name: str) -> dict[str, Mask]:
+        """The Masks to start from; without one at every site it is an error that names the method `name`."""
+        missing = [site.name for site in self.sites if not isinstance(self.before.get(site.name), Mask)]
+        if missing:
+            raise PumiceError(
+                f"{name} starts from the masks of another method, and {missing[0]} has none. Name one before it, such "
+                f"as --method wanda+{name}, or give a plan (`after`)."
+            )
+        return self.before
+
+    def parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Matrices [out, in] by site name -> the block's parameters that hold them, differentiable in the matrices."""
+        fused: dict[str, dict[int | None, Tensor]] = {}
+        for site in self.sites:
+            if site.name in weights:
+                view = site.parts["weight"].view
+                matrix = weights[site.name]
+                fused.setdefault(view.parameter, {})[view.expert] = matrix.T if view.transposed else matrix
+        return {name.removeprefix(f"{self.block.name}."): self._whole(name, parts) for name, parts in fused.items()}
+
+    def _whole(self, parameter: str, parts: dict[int | None, Tensor]) -> Tensor:
+        if None in parts:
+            return parts[None]
+        module, leaf = owner(parameter)
+        stored = self.sites[0].root.get_submodule(module)._parameters[leaf].detach()
+        return torch.stack([parts.get(expert, stored[expert]) for expert in range(len(stored))])

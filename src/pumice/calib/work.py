@@ -1,0 +1,61 @@
+"""One calibration: the model, its text, where its weights come from, and the files that let a killed run go on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from pumice.arch.detect import Arch
+from pumice.calib.block import BlockRun
+from pumice.calib.data import Windows
+from pumice.calib.journal import Journal
+from pumice.calib.spill import Spill
+from pumice.calib.stream import Source, stream
+from pumice.disk import write
+from pumice.errors import PumiceError
+from pumice.forms import Form
+
+if TYPE_CHECKING:
+    from pumice.sites import Site
+
+
+@dataclass(kw_only=True, eq=False)
+class Work:
+    """What an allocation or a chain of methods works on. `journals(what)` opens the journal of one part of the work."""
+
+    model: nn.Module
+    arch: Arch
+    windows: Windows | None
+    source: Source
+    sites: list[Site]
+    journals: Callable[[str], Journal | None] = lambda what: None
+    spill: Spill = field(default_factory=Spill)
+    notes: list[str] = field(default_factory=list)
+
+    def stream(self, decide: Callable[[BlockRun], dict[str, Form]], what: str, **settings) -> dict[str, Form]:
+        """Forms of the work's sites, block by block; `what` names this pass in the progress bar and the journal."""
+        given = {"spill": self.spill, "notes": self.notes, "journal": self.journals(what), "sites": self.sites}
+        return stream(
+            self.model, self.arch, self.windows, self.source, decide, **given, title=f"{what}: blocks", **settings
+        )
+
+    def text(self, what: str) -> Windows:
+        """The calibration text; having none is an error that names `what` needs it."""
+        if self.windows is None:
+            raise PumiceError(f"{what} needs calibration text: give `data`, such as 'builtin' or 'file:PATH'.")
+        return self.windows
+
+    def once(self, what: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The numbers that `make` gives, made once: a run that was killed afterwards finds them in its journal."""
+        journal = self.journals(what)
+        if journal is None:
+            return make()
+        path = journal.folder / "numbers.json"
+        if not path.exists():
+            found = make()
+            write(path, lambda part: part.write_text(json.dumps(found)))
+        return json.loads(path.read_text())
