@@ -31,6 +31,10 @@ def drop_lowest(score: Tensor, k: int) -> Tensor:
     return keep.scatter_(-1, order[..., :k], False)
 
 
+def _gone(keep: Tensor) -> int:
+    return keep.numel() - int(keep.sum())
+
+
 @dataclass(frozen=True)
 class Row:
     """Compare within each output row: every row loses as many weights as any other, or one more.
@@ -50,6 +54,16 @@ class Row:
             keep[rows, following[rows, 0]] = False
         return keep
 
+    def keep_columns(self, score: Tensor, sparsity: float, start: int, columns: int, before: Tensor) -> Tensor:
+        """`keep` for the columns from `start` on of a matrix of `columns`, whose masks are chosen in turn.
+
+        `before` is the mask of the columns before; with the last columns the matrix has lost floor(out·in·s).
+        """
+        rows, end = score.shape[0], start + score.shape[1]
+        if end == columns:
+            return self.keep(score, (removed(rows * columns, sparsity) - _gone(before)) / max(score.numel(), 1))
+        return self.keep(score, (removed(end, sparsity) - _gone(before) / rows) / score.shape[1])
+
     def __str__(self) -> str:
         return "row"
 
@@ -60,6 +74,11 @@ class Free:
 
     def keep(self, score: Tensor, sparsity: float) -> Tensor:
         return drop_lowest(score.reshape(-1), removed(score.numel(), sparsity)).reshape(score.shape)
+
+    def keep_columns(self, score: Tensor, sparsity: float, start: int, columns: int, before: Tensor) -> Tensor:
+        """As `Row.keep_columns`: after every block of columns the budget is met so far."""
+        total = removed(score.shape[0] * (start + score.shape[1]), sparsity)
+        return self.keep(score, (total - _gone(before)) / max(score.numel(), 1))
 
     def __str__(self) -> str:
         return "free"

@@ -10,7 +10,7 @@ Methods return Forms and never see kernels; kernels and the runtime never see me
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -53,6 +53,10 @@ class Mask:
         """The sparse matrix as a dense one, [out, in], in the dtype of `weight`; keeping everything changes no bit."""
         base = weight if self.values is None else self.values.to(weight)
         return base.masked_fill(~self.keep.to(weight.device), 0)
+
+    def without_values(self) -> Mask:
+        """The mask alone, for a model whose weights are the new values already."""
+        return self if self.values is None else replace(self, values=None)
 
     @property
     def removed(self) -> int:

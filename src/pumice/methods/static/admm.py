@@ -1,0 +1,66 @@
+"""ADMM: the mask grows step by step while the kept weights make up for it, each row by least squares.  arXiv:2401.02938
+
+W ← (W₀H + ρ(Z-U)) (H + ρ)⁻¹      Z ← keep_t(W+U)      U ← U + W - Z
+H = XᵀX with the columns of X scaled to norm 1; sparsity after step t of `gradual`: s·(t/gradual)³
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pumice.budget import NM, Budget
+from pumice.calib.stats import Hessian, SiteStats
+from pumice.errors import PumiceError
+from pumice.forms import Mask
+from pumice.registry import method
+from pumice.sites import Site
+
+
+@method("admm", kinds=["linear"])
+class ADMM(Budget):
+    """Chooses its own mask, or, after another method (`wanda+admm`), updates the weights that its mask keeps."""
+
+    steps: int = 20
+    gradual: int = 15  # steps in which the mask grows to its full sparsity; then it stays
+    rho: float = 1.0  # ρ, on a Hessian of unit diagonal
+    damp: float = 0.1  # added to the Hessian's unit diagonal
+    needs = (Hessian,)
+
+    def __post_init__(self):
+        Budget.__post_init__(self)
+        if not 0 <= self.gradual <= self.steps or not self.rho > 0 or not self.damp >= 0:
+            raise PumiceError(
+                f"admm: 0 <= gradual <= steps, rho > 0 and damp >= 0; got gradual={self.gradual}, steps={self.steps}, "
+                f"rho={self.rho}, damp={self.damp}."
+            )
+
+    def solve(self, site: Site, stats: SiteStats) -> Mask:
+        norm = stats[Hessian].diagonal().sqrt()
+        norm[norm == 0] = 1  # inputs that are always zero: any weight does
+        unit = stats[Hessian] / norm / norm[:, None]
+        given = stats.before
+        keep, values = self.update(site.weight.double() * norm, unit, given and given.keep.to(norm.device))
+        return Mask.keeping(keep, given.pattern if given else self.pattern, (values / norm).float())
+
+    def update(self, weight: Tensor, hessian: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Keep mask and new weights for W [out, in] and H [in, in] of unit diagonal; `given`: a mask that stays."""
+        eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        start = weight @ (damped := hessian + self.damp * eye)
+        inverse = torch.linalg.inv(damped + self.rho * eye).float()
+        start, weight = start.float(), weight.float()
+        keep = torch.ones_like(weight, dtype=torch.bool) if given is None else given
+        dual = torch.zeros_like(weight)
+        for step in range(1, self.steps + 1):
+            if given is None and step <= max(self.gradual, 1):
+                keep = self._mask(weight + dual, step / max(self.gradual, 1))
+            z = (weight + dual) * keep
+            dual += weight - z
+            weight = (start + self.rho * (z - dual)) @ inverse
+        return keep, (weight + dual) * keep
+
+    def _mask(self, weight: Tensor, done: float) -> Tensor:
+        """The mask when `done` of the gradual steps are over; N:M counts from the first step."""
+        if isinstance(self.pattern, NM):
+            return self.pattern.keep(weight.abs(), self.sparsity)
+        return self.pattern.keep(weight.abs(), self.sparsity * done**3)
