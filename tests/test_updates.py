@@ -1,0 +1,260 @@
+"""SparseGPT, ADMM and DSnoT against their formulas, written down here without the tricks that make them fast."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import pumice
+from pumice.arch.detect import detect
+from pumice.budget import NM, Free, Row, parse_pattern, removed
+from pumice.calib.stats import Hessian, Moments
+from pumice.errors import PumiceError
+from pumice.methods.static.admm import ADMM
+from pumice.methods.static.dsnot import DSnoT, swap
+from pumice.methods.static.magnitude import Magnitude
+from pumice.methods.static.sparsegpt import SparseGPT, inverse_factor, prune
+from pumice.methods.static.wanda import Wanda
+from tiny import FAMILIES, tiny
+
+IDS = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(1))
+PATTERNS = {"free": 0.5, "row": 0.3, "2:4": 0.5, "4:8": 0.5, "1:4": 0.75}
+ASKED = [0.05, 0.3, 0.5, 0.7, 0.8, 0.95]
+
+
+def layer(rows, columns, seed=0):
+    """A random matrix, and the Hessian of inputs that are correlated as real ones are."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator, dtype=torch.float64) / columns**0.5
+    x = torch.randn(4 * columns, columns, generator=generator, dtype=torch.float64) @ (mix + torch.eye(columns))
+    return torch.randn(rows, columns, generator=generator), x.T @ x / len(x)
+
+
+# ---- SparseGPT ------------------------------------------------------------------------------------------------------
+
+
+def drop(score, k):
+    """Flat indices of the k lowest, the first of equals first."""
+    return np.argsort(score.reshape(-1), kind="stable")[:k]
+
+
+def obs(weight, hessian, pattern, sparsity, width, damp=0.01):
+    """Optimal brain surgery column by column, with the inverse of what is left of H taken anew for each."""
+    w, h = weight.double().numpy().copy(), hessian.numpy().copy()
+    rows, columns = w.shape
+    h += damp * np.diag(h).mean() * np.eye(columns)
+    left = [np.linalg.inv(h[j:, j:]) for j in range(columns)]
+    diagonal = np.array([inverse[0, 0] for inverse in left])
+    keep = np.ones_like(w, dtype=bool)
+    for j in range(columns):
+        if pattern == "free" and j % width == 0:
+            end = min(j + width, columns)
+            score = w[:, j:end] ** 2 / diagonal[j:end]
+            gone = drop(score, removed(rows * end, sparsity) - (~keep[:, :j]).sum())
+            keep[:, j:end].flat[gone] = False
+        elif ":" in pattern and j % (m := int(pattern.split(":")[1])) == 0:
+            score = w[:, j : j + m] ** 2 / diagonal[j : j + m]
+            for row in range(rows):
+                keep[row, j + drop(score[row], score.shape[1] * (m - int(pattern.split(":")[0])) // m)] = False
+        error = np.where(keep[:, j], 0, w[:, j]) / left[j][0, 0]
+        w[:, j:] -= error[:, None] * left[j][0]
+    return keep, np.where(keep, w, 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 8), (7, 13), (12, 40), (33, 20), (5, 66)], ids=str)
+@pytest.mark.parametrize("pattern", ["free", "2:4", "1:4", "4:8"])
+def test_sparsegpt_is_optimal_brain_surgery(pattern, shape):
+    weight, hessian = layer(*shape)
+    parsed, sparsity = parse_pattern(pattern), PATTERNS[pattern]
+    expected_keep, expected = obs(weight, hessian, pattern, sparsity, width=16)
+    factor, damp = inverse_factor(hessian, 0.01)
+    saliency = factor.diagonal() ** -2
+    keep, values = prune(weight.clone(), factor, saliency, parsed, sparsity, 16)
+    assert damp == 0.01
+    assert (keep.numpy() == expected_keep).all()
+    assert np.linalg.norm(values.numpy() - expected) <= 1e-4 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("pattern", [Free(), Row()], ids=str)
+@pytest.mark.parametrize("sparsity", ASKED)
+@pytest.mark.parametrize("shape", [(7, 13), (12, 300), (64, 33)], ids=str)
+def test_a_mask_chosen_block_by_block_has_the_exact_budget(pattern, sparsity, shape):
+    weight, hessian = layer(*shape)
+    factor, _ = inverse_factor(hessian, 0.01)
+    keep, values = prune(weight, factor, factor.diagonal() ** -2, pattern, sparsity, 128)
+    assert int((~keep).sum()) == removed(keep.numel(), sparsity) and bool((values[~keep] == 0).all())
+    if isinstance(pattern, Row):
+        gone = (~keep).sum(1)
+        assert gone.max() - gone.min() <= 1
+
+
+def test_a_singular_hessian_is_dampened_more_and_this_is_said():
+    model = tiny("llama")
+    ids = IDS[:1, :4]  # 4 tokens: a Hessian of rank 4
+    plan = pumice.sparsify(model, SparseGPT(damp=1e-12), ids, resume=False)
+    notes = plan.measurements["notes"]
+    assert notes and all("left the Hessian singular" in note for note in notes)
+    assert all(torch.isfinite(form.values).all() for form in plan.weights.values())
+    assert not pumice.sparsify(model, SparseGPT(), IDS, resume=False).measurements
+
+
+def test_inputs_that_are_always_zero_cost_nothing():
+    _, hessian = layer(1, 12)
+    hessian[3], hessian[:, 3] = 0, 0
+    factor, _ = inverse_factor(hessian, 0.01)
+    assert torch.isfinite(factor).all()
+
+
+def test_a_hessian_with_nan_is_refused():
+    with pytest.raises(PumiceError, match="no inverse"):
+        inverse_factor(torch.full((4, 4), math.nan, dtype=torch.float64), 0.01)
+
+
+@pytest.mark.parametrize("method", [SparseGPT, ADMM], ids=lambda m: m.name)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_updates_reduce_the_error_of_every_block_family(family, method):
+    """The updated weights give the layer's outputs better than the same mask without the update."""
+    model = tiny(family)
+    plan = pumice.sparsify(model, method(sparsity=0.5), IDS, resume=False)
+    assert abs(plan.sparsity() - 0.5) < 1e-3
+    arch = detect(model)
+    first = next(site for site in arch.of_kind("linear") if site.block == 0)
+    seen = []
+
+    def hook(module, args):
+        seen.append(args[0].detach().reshape(-1, args[0].shape[-1]))
+
+    handle = model.get_submodule(first.parts["weight"].module).register_forward_pre_hook(hook)
+    model(IDS)
+    handle.remove()
+    form, dense = plan.weights[first.name], seen[0] @ first.weight.T
+    updated = (seen[0] @ form.reference(first.weight).T - dense).norm()
+    masked = (seen[0] @ (first.weight * form.keep).T - dense).norm()
+    assert updated < masked
+
+
+# ---- ADMM -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (7, 13), (12, 40)], ids=str)
+@pytest.mark.parametrize("given", [False, True], ids=["own mask", "given mask"])
+def test_admm_is_its_iteration(shape, given):
+    weight, hessian = layer(*shape)
+    norm = hessian.diagonal().sqrt()
+    unit, w0 = hessian / norm / norm[:, None], weight.double() * norm
+    one = ADMM(sparsity=0.5, steps=9, gradual=5, rho=0.7, damp=0.05)
+    mask = Row().keep(torch.rand(shape, generator=torch.Generator().manual_seed(2)), 0.5) if given else None
+    keep, values = one.update(w0, unit, mask)
+    h, w, u, k = unit + 0.05 * torch.eye(shape[1]), w0.clone(), torch.zeros_like(w0), mask
+    for step in range(1, 10):
+        if not given and step <= 5:
+            k = Row().keep((w + u).abs(), 0.5 * (step / 5) ** 3)
+        z = torch.where(k, w + u, 0)
+        u = u + w - z
+        w = torch.linalg.solve(h + 0.7 * torch.eye(shape[1]), h @ w0.T + 0.7 * (z - u).T).T
+    expected = torch.where(k, w + u, 0)
+    assert torch.equal(keep, k)
+    assert torch.allclose(values.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_admm_comes_near_least_squares_on_its_mask():
+    weight, hessian = layer(6, 24)
+    norm = hessian.diagonal().sqrt()
+    unit, w0 = hessian / norm / norm[:, None], weight.double() * norm
+    keep, values = ADMM(sparsity=0.5, steps=400, gradual=15, damp=0.0).update(w0, unit)
+    for row in range(6):
+        on = keep[row]
+        best = torch.linalg.solve(unit[on][:, on], (unit @ w0[row])[on])
+        assert torch.allclose(values[row, on].double(), best, rtol=1e-2, atol=1e-3)
+
+
+# ---- DSnoT ----------------------------------------------------------------------------------------------------------
+
+
+def swap_by_lists(keep, gain, grow, metric, cycles, threshold, group):
+    """Row by row with sorted lists and pointers, as the paper tells it."""
+    keep = keep.tolist()
+    for row, kept in enumerate(keep):
+        d, columns = gain[row].tolist(), range(len(kept))
+        error = sum(d[j] for j in columns if not kept[j])
+        by_growth = sorted((j for j in columns if not kept[j]), key=lambda j: grow[row][j].item())
+        by_cost = sorted((j for j in columns if kept[j]), key=lambda j: metric[row][j].item())
+        for _ in range(cycles):
+            if abs(error) <= threshold or not by_growth:
+                break
+            g = by_growth[-1] if error > 0 else by_growth[0]
+            if group:
+                fits = [j for j in by_cost if j // group == g // group]
+            else:
+                fits = [j for j in by_cost if (d[j] < 0 if error > 0 else d[j] > 0)]
+            if not fits:
+                break
+            by_growth.remove(g)
+            by_cost.remove(fits[0])
+            kept[g], kept[fits[0]] = True, False
+            error += d[fits[0]] - d[g]
+    return keep
+
+
+@pytest.mark.parametrize("group", [0, 4, 8])
+@pytest.mark.parametrize("shape", [(1, 8), (9, 24), (20, 72)], ids=str)
+def test_dsnot_swaps_what_the_paper_swaps(shape, group):
+    generator = torch.Generator().manual_seed(3)
+    gain, variance = torch.randn(shape, generator=generator), torch.rand(shape[1], generator=generator) + 0.1
+    metric = torch.rand(shape, generator=generator)
+    keep = (NM(group // 2, group) if group else Row()).keep(metric, 0.5)
+    expected = swap_by_lists(keep, gain, gain / variance, metric, 50, 0.1, group)
+    found = swap(keep, gain, gain / variance, metric, 50, 0.1, group)
+    assert found.tolist() == expected
+    assert found.sum() == keep.sum() and bool((found != keep).any())
+
+
+@pytest.mark.parametrize("before", [Wanda, Magnitude])
+@pytest.mark.parametrize("pattern", ["row", "2:4"])
+def test_dsnot_refines_in_one_pass_and_keeps_the_budget(before, pattern):
+    model = tiny("llama")
+    first = before(sparsity=0.5, pattern=pattern)
+    alone = pumice.sparsify(model, first, IDS, resume=False)
+    plan = pumice.sparsify(model, [first, DSnoT()], IDS, resume=False)
+    assert plan.sparsity() == alone.sparsity() and [r["method"] for r in plan.recipe] == [first.name, "dsnot"]
+    changed = [name for name in plan.weights if not torch.equal(plan.weights[name].bits, alone.weights[name].bits)]
+    assert changed
+    attention = pumice.sparsify(model, [first, DSnoT(skip="ffn")], IDS, resume=False)
+    block = [name for name in attention.weights if ".0.mlp" in name]
+    assert block and all(torch.equal(attention.weights[n].bits, alone.weights[n].bits) for n in block)
+    if pattern == "2:4":
+        for form in plan.weights.values():
+            assert (form.keep.reshape(form.shape[0], -1, 4).sum(-1) == 2).all()
+
+
+def test_a_refining_method_alone_says_what_it_needs():
+    with pytest.raises(PumiceError, match=r"dsnot starts from the masks of another method.*wanda\+dsnot"):
+        pumice.sparsify(tiny("llama"), DSnoT(), IDS, resume=False)
+    with pytest.raises(PumiceError, match="new values from an update"):
+        pumice.sparsify(tiny("llama"), "sparsegpt+dsnot", IDS, resume=False)
+
+
+def test_a_plan_can_be_refined_later():
+    model = tiny("llama")
+    first = pumice.sparsify(model, Magnitude(), IDS, resume=False)
+    later = pumice.sparsify(model, DSnoT(), IDS, after=first, resume=False)
+    together = pumice.sparsify(model, [Magnitude(), DSnoT()], IDS, resume=False)
+    assert all(torch.equal(later.weights[n].bits, together.weights[n].bits) for n in together.weights)
+    with pytest.raises(PumiceError, match="made for other weights"):
+        pumice.sparsify(tiny("llama", hidden_size=40), DSnoT(), IDS, after=first, resume=False)
+
+
+# ---- their statistics -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_hessian_and_moments_are_those_of_all_tokens(pieces):
+    x = torch.randn(50, 7, generator=torch.Generator().manual_seed(0)) + 0.5
+    hessian, moments = Hessian(7, x.device), Moments(7, x.device)
+    for part in x.chunk(pieces):
+        hessian.add(part)
+        moments.add(part)
+    d = x.double()
+    assert torch.allclose(hessian.value(), d.T @ d / 50, rtol=1e-6)
+    assert torch.allclose(moments.value()[0], d.mean(0)) and torch.allclose(moments.value()[1], d.var(0, correction=0))
