@@ -231,8 +231,12 @@ def test_dsnot_refines_in_one_pass_and_keeps_the_budget(before, pattern):
 def test_a_refining_method_alone_says_what_it_needs():
     with pytest.raises(PumiceError, match=r"dsnot starts from the masks of another method.*wanda\+dsnot"):
         pumice.sparsify(tiny("llama"), DSnoT(), IDS, resume=False)
-    with pytest.raises(PumiceError, match="new values from an update"):
-        pumice.sparsify(tiny("llama"), "sparsegpt+dsnot", IDS, resume=False)
+
+
+def test_dsnot_takes_a_mask_without_its_new_values_and_says_so():
+    plan = pumice.sparsify(tiny("llama"), "sparsegpt+dsnot", IDS, resume=False)
+    assert all(form.values is None for form in plan.weights.values())
+    assert all("new values are left out" in note for note in plan.measurements["notes"])
 
 
 def test_a_plan_can_be_refined_later():
@@ -258,3 +262,41 @@ def test_hessian_and_moments_are_those_of_all_tokens(pieces):
     d = x.double()
     assert torch.allclose(hessian.value(), d.T @ d / 50, rtol=1e-6)
     assert torch.allclose(moments.value()[0], d.mean(0)) and torch.allclose(moments.value()[1], d.var(0, correction=0))
+
+
+# ---- saved ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_keeps_new_values_in_its_weights_alone(tmp_path):
+    from pumice.hub.save import save
+    from pumice.plan import Plan
+
+    model = tiny("llama")
+    plan = pumice.sparsify(model, SparseGPT(), IDS, resume=False)
+    with plan.applied(model):
+        logits = model(IDS).logits
+        save(model, None, plan, tmp_path / "out")
+    loaded = Plan.load(tmp_path / "out")
+    assert all(form.values is None and form.updated for form in loaded.weights.values())
+    again = type(model).from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.attach(again)(IDS).logits, logits)
+    with pytest.raises(PumiceError, match="the model's weights are"):
+        loaded.attach(model)  # masks without their values: another model than the one that was made
+
+
+def test_a_streamed_folder_is_the_plan_made_in_memory(tmp_path):
+    from safetensors.torch import load_file
+
+    from pumice.plan import Plan
+
+    model = tiny("llama")
+    model.save_pretrained(tmp_path / "base", max_shard_size="20KB")
+    pumice.sparsify_folder(tmp_path / "base", SparseGPT(), tmp_path / "out", IDS)
+    plan = pumice.sparsify(model, SparseGPT(), IDS, resume=False)
+    found = {k: v for path in (tmp_path / "out").glob("*.safetensors") for k, v in load_file(path).items()}
+    with plan.applied(model):
+        for name in plan.weights:
+            assert torch.equal(found[f"{name}.weight"], model.get_parameter(f"{name}.weight")), name
+    loaded = Plan.load(tmp_path / "out")
+    assert loaded.fits == {loaded.base["applied"]}
+    loaded.attach(type(model).from_pretrained(tmp_path / "out"))

@@ -29,6 +29,7 @@ class Mask:
     shape: tuple[int, int]  # [out, in]
     pattern: str = "free"  # how the budget was counted: row, free, N:M
     values: Tensor | None = None  # [out, in]
+    updated: bool = False  # it had new values, and was saved beside the weights that have them
 
     def __post_init__(self) -> None:
         rows, columns = self.shape
@@ -56,7 +57,7 @@ class Mask:
 
     def without_values(self) -> Mask:
         """The mask alone, for a model whose weights are the new values already."""
-        return self if self.values is None else replace(self, values=None)
+        return self if self.values is None else replace(self, values=None, updated=True)
 
     @property
     def removed(self) -> int:

@@ -59,6 +59,17 @@ class Plan:
             measurements={**self.measurements, **later.measurements},
         )
 
+    def without_values(self) -> Plan:
+        """The plan beside weights that have its masks' new values already: it then fits no other weights."""
+        kept = {n: form.without_values() if isinstance(form, Mask) else form for n, form in self.weights.items()}
+        return replace(self, weights=kept)
+
+    @property
+    def fits(self) -> set[str]:
+        """Fingerprints of the weights that it can run on: its base's, and those that its masks made of them."""
+        updated = any(isinstance(form, Mask) and form.updated for form in self.weights.values())
+        return {self.base[key] for key in ("applied",) + ("fingerprint",) * (not updated) if self.base.get(key)}
+
     def sparsity(self) -> float:
         """Fraction removed, over the weights of the masked matrices or the units of the selected sites."""
         masks = [form for form in self.weights.values() if isinstance(form, Mask)]

@@ -95,6 +95,8 @@ def stream(
                     done(block, solved)
             finally:
                 source.release(block.module, block.name)
+            if done is not None:  # what was written need not be held: the new values of a large model are as large
+                solved = {n: form.without_values() if isinstance(form, Mask) else form for n, form in solved.items()}
             forms |= solved
             notes += said
             if journal is not None:

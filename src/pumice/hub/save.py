@@ -52,7 +52,7 @@ def save(model: nn.Module, tokenizer, plan: Plan, folder: str | Path) -> Path:
         model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        plan.save(fresh)
+        plan.without_values().save(fresh)  # the weights beside it have them
         same_permissions(fresh)
     return Path(folder)
 
@@ -107,7 +107,7 @@ class ShardWriter:
             self._copy_rest()
             self._copy_files()
             self._index()
-            plan.save(self.partial)
+            plan.without_values().save(self.partial)
             same_permissions(self.partial)
 
     def publish(self) -> Path:

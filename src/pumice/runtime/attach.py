@@ -190,11 +190,10 @@ def write_masks(model: nn.Module, sites: dict[str, Site], masks: dict[str, Mask]
 
 def check_base(model: nn.Module, plan: Plan) -> None:
     """Refuse a plan on other weights than those it was made for."""
-    expected = {value for key, value in plan.base.items() if key in ("fingerprint", "applied") and value}
-    if not expected:
+    if not plan.fits:
         return
     found = fingerprint_model(model)
-    if found not in expected:
+    if found not in plan.fits:
         raise PumiceError(
             f"this plan was made for {plan.base.get('name', 'another model')} with weights "
             f"{plan.base.get('fingerprint', '?')}, but the model's weights are {found}. "

@@ -20,16 +20,17 @@ from pumice.registry import method
 from pumice.sites import Site
 
 TOKENS = 2048  # the sums of the published thresholds are over sequences of this length
+PUBLISHED = 50  # swaps of a row, for models of 4,096 columns and more
 
 
 @method("dsnot", kinds=["linear"])
 class DSnoT:
-    """Refines the mask of the method before it, row by row; no weight changes its value.
+    """Refines the mask of the method before it on the original weights, row by row.
 
     The official code leaves out the FFN; `skip="ffn"` does so too.
     """
 
-    cycles: int = 50  # swaps of a row at most
+    cycles: int = 0  # swaps of a row at most; 0: in proportion to its columns, the published 50 at 4,096
     threshold: float = 0.1  # of |ε|, below which a row is left alone
     power: float = 1.0  # of the variance
     skip: Literal["none", "ffn"] = "none"
@@ -47,18 +48,17 @@ class DSnoT:
         return {site.name: self.refine(site, run.stats(site), masks[site.name]) for site in left}
 
     def refine(self, site: Site, stats: SiteStats, mask: Mask) -> Mask:
-        weight = mask.values.to(site.weight) if mask.values is not None else site.weight
-        if mask.values is not None:
-            raise PumiceError(
-                f"dsnot grows dropped weights back, and {site.name} has new values from an update that assumed them "
-                "gone. Refine a mask of wanda, magnitude or besa, and update weights after it."
-            )
+        if mask.values is not None:  # as the official code does after SparseGPT
+            stats.note("dsnot took the mask before it on the original weights; the new values are left out")
+        weight = site.weight
         mean, variance = stats[Moments].float()
         gain = weight * mean * TOKENS  # D
         grow = gain / variance.clamp_min(1e-12) ** self.power
         metric = weight.abs() * stats[ColumnNorm]
         group = int(mask.pattern.split(":")[1]) if ":" in mask.pattern else 0
-        keep = swap(mask.keep.to(weight.device), gain, grow, metric, self.cycles, self.threshold, group)
+        # 50 swaps in rows of 576 take SmolLM2 from 66 to 90 (WikiText-2, 50 %); 7 leave it there
+        cycles = self.cycles or -(-PUBLISHED * weight.shape[1] // 4096)
+        keep = swap(mask.keep.to(weight.device), gain, grow, metric, cycles, self.threshold, group)
         return Mask.keeping(keep, mask.pattern)
 
 
