@@ -140,7 +140,7 @@ def sparsify_folder(
     def done(block: Block, forms: dict[str, Form]) -> None:
         if any(not isinstance(form, Mask) for form in forms.values()):
             raise PumiceError(
-                f"{_named(chain)} makes no masks, so there is nothing to stream; run it without --stream."
+                f"{_named(chain)} changes no weights, so there is nothing to stream; run it without --stream."
             )
         tensors = {f"{block.name}.{key}": p.detach() for key, p in block.module.named_parameters()}
         writer.write(f"block-{block.index:05d}", source.reverse(tensors))

@@ -76,6 +76,10 @@ def sparsify(
     bos: Bos = False,
     dtype: Dtype = None,
     device: Device = "auto",
+    after: Annotated[
+        str | None, typer.Option(help="a sparse folder of MODEL whose masks the method starts from")
+    ] = None,
+    memory: Annotated[float, typer.Option(min=0, help="GB of hidden states in memory; the rest lies in files")] = 4.0,
     stream: Annotated[bool, typer.Option("--stream", help="one block in memory: for models larger than it")] = False,
     measure: Annotated[bool, typer.Option(help="end with dense and sparse side by side")] = True,
     resume: Annotated[bool, typer.Option(help="go on where a killed run was")] = True,
@@ -86,7 +90,9 @@ def sparsify(
     from pumice.cli.given import methods_from
 
     steps = methods_from(method, recipe, context.args, flags=_flags(context), seed=seed)
-    text = {"data": data, "windows": windows, "window": window, "seed": seed, "bos": bos}
+    text = {"data": data, "windows": windows, "window": window, "seed": seed, "bos": bos, "memory": memory}
+    if after is not None:
+        text["after"] = after
     if stream:
         verbs.sparsify_folder(model, steps, out, text, dtype=dtype, resume=resume, as_json=json)
     else:

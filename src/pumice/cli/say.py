@@ -38,12 +38,23 @@ def print_rows(rows: list, name: str) -> None:
         page.print(line)
 
 
+def print_notes(plan, most: int = 5) -> None:
+    """What methods had to say of single matrices."""
+    notes = plan.measurements.get("notes", [])
+    for line in notes[:most]:
+        page.print(f"note: {line}")
+    if len(notes) > most:
+        page.print(f"note: {len(notes) - most} more like these in pumice.json")
+
+
 def recipe_name(plan) -> str:
     """`wanda 0.5`, `griffin 0.5 + wanda 0.5`: short names for tables."""
     names = []
     for entry in plan.recipe:
-        extra = entry.get("pattern") if entry.get("pattern") not in (None, "row") else ""
-        names.append(" ".join(str(part) for part in (entry["method"], f"{entry.get('sparsity', 0):g}", extra) if part))
+        pattern, allocation = entry.get("pattern") or "", entry.get("allocation", "uniform")
+        said = [entry["method"], f"{entry['sparsity']:g}" if "sparsity" in entry else ""]
+        said += [pattern if ":" in pattern else "", allocation if allocation != "uniform" else ""]
+        names.append(" ".join(filter(None, said)))
     return " + ".join(names)
 
 

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from pumice.cli.given import check_exec, check_length, open_model, quiet_libraries, refuse_sparse
-from pumice.cli.say import emit, note, page, plain, print_rows, recipe_name, sheet, sparse_part
+from pumice.cli.say import emit, note, page, plain, print_notes, print_rows, recipe_name, sheet, sparse_part
 from pumice.errors import PumiceError
 
 
 def make_plan(loaded, methods: list[Any], text: dict, resume: bool = True):
     from pumice.api import sparsify as make
+    from pumice.plan import Plan
 
     source = {**text}
+    if "after" in source:
+        source["after"] = Plan.load(source["after"])
     return make(
         loaded.model, methods, source.pop("data"), tokenizer=loaded.tokenizer, name=loaded.name, resume=resume, **source
     )
@@ -33,12 +36,13 @@ def sparsify(
     check_length(loaded, text["window"], "--window")
     plan = make_plan(loaded, methods, text, resume)
     rows = side_by_side(loaded, {recipe_name(plan): plan}, text) if measure else []
-    plan = replace(plan, measurements={"rows": [plain(row.summary()) for row in rows]})
+    plan = replace(plan, measurements={**plan.measurements, "rows": [plain(row.summary()) for row in rows]})
     write_folder(loaded, plan, out)
     if as_json:
-        found = {"model": model, "out": out, **sparse_part(plan)}
+        found = {"model": model, "out": out, **sparse_part(plan), "notes": plan.measurements.get("notes", [])}
         return emit(found | {"rows": [row.summary() for row in rows]})
     print_rows(rows, loaded.name)
+    print_notes(plan)
     page.print(f"Achieved sparsity {plan.sparsity():.4f}. Saved in {out}.")
     page.print(f"Next: pumice generate {out}    pumice eval {out}    pumice inspect {out}")
 
@@ -59,6 +63,8 @@ def sparsify_folder(model: str, methods: list[Any], out: str, text: dict, *, dty
     """`sparsify --stream`."""
     if dtype is not None:
         raise PumiceError("--dtype does not go with --stream: the shards that it writes keep the dtype that they have.")
+    if "after" in text:
+        raise PumiceError("--after does not go with --stream: name both methods in one pass, as --method wanda+dsnot.")
     quiet_libraries()
     from pumice.api import sparsify_folder as stream
     from pumice.calib.sources import check
@@ -77,6 +83,7 @@ def sparsify_folder(model: str, methods: list[Any], out: str, text: dict, *, dty
     if as_json:
         return emit({"model": model, "out": out, **sparse_part(plan)})
     page.print(f"Achieved sparsity {plan.sparsity():.4f}. Saved in {out}, block by block.")
+    print_notes(plan)
     page.print("No speed is claimed: zeros in dense storage are read like any number.")
 
 
