@@ -62,6 +62,13 @@ def reduce_stats(collected: dict, make) -> None:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)
 
 
+def reduce_sum(tensors: Iterable[Tensor]) -> None:
+    """Sum tensors over the ranks in place."""
+    if world() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
 def reduce_mean(tensors: Iterable[Tensor]) -> None:
     """Average tensors over the ranks in place: gradients of a block's loss."""
     if world() > 1:

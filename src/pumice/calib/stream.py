@@ -71,7 +71,7 @@ def stream(
     for site in sites:
         chosen.setdefault(site.block, []).append(site)
     spill = spill or Spill()
-    replays = _start(model, arch, windows, source, rows, spill) if needs or rows or dense else None
+    replays = start(model, arch, windows, source, rows, spill)[0] if needs or rows or dense else None
     if replays is not None and dense:
         replays.streams["dense"] = replays.streams["sparse"]
     forms: dict[str, Form] = {}
@@ -172,7 +172,10 @@ class Replays:
             self.streams[name] = [self.spill.keep(state.to(self.valid.device)) for state in streams[name]]
 
 
-def _start(model: nn.Module, arch: Arch, windows: Windows | None, source: Source, rows, spill: Spill) -> Replays:
+def start(
+    model: nn.Module, arch: Arch, windows: Windows | None, source: Source, rows: int | None, spill: Spill
+) -> tuple[Replays, object]:
+    """The calls of every block on this rank's text, and an example of what a block returns."""
     if windows is None:
         raise PumiceError("this method needs calibration text: give `data`, such as 'builtin' or 'file:PATH'.")
     rows = rows or max(1, GROUP // windows.ids.shape[1])
@@ -192,7 +195,7 @@ def _start(model: nn.Module, arch: Arch, windows: Windows | None, source: Source
     finally:
         source.release(first.module, first.name)
         source.release_rest()
-    return Replays(groups, spill)
+    return Replays(groups, spill), output
 
 
 @contextmanager

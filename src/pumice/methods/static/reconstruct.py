@@ -1,6 +1,6 @@
 """Block reconstruction: Adam moves the kept weights of a block until it gives again what the dense block gave.
 
-    min over the kept weights  Σ_t ‖block(x_t; W ⊙ M) - y_t‖² / Σ_t ‖y_t‖²        arXiv:2510.14444
+min over the kept weights  Σ_t ‖block(x_t; W ⊙ M) - y_t‖² / Σ_t ‖y_t‖²        arXiv:2510.14444
 """
 
 from __future__ import annotations
