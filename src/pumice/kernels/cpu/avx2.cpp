@@ -1,0 +1,176 @@
+// The product with AVX2, FMA, F16C and BMI2. This file alone is compiled for them; api.cpp asks the processor first.
+//
+// Packed weights come eight columns at a time: one byte of the bitmask says which of the eight are stored, a table turns
+// it into the permutation that spreads the next stored weights over their columns with zeros between, one FMA a row of x
+// follows, and the pointer moves on by the number of bits. That add is the only chain between two steps.
+#include <immintrin.h>
+
+#include "matrix.h"
+
+namespace pumice {
+namespace {
+
+struct Tables {
+    alignas(32) int32_t lanes[256][8]{};   // fp32: source lane, or the sign bit for a zero
+    alignas(16) uint8_t pairs[256][16]{};  // bf16: source bytes, or 0x80 for a zero
+    alignas(8) uint8_t bytes[256][8]{};    // int8
+    uint32_t nibbles[256]{};               // int4: 0xf where a weight is stored
+
+    constexpr Tables() {
+        for (int mask = 0; mask < 256; ++mask) {
+            for (int lane = 0, next = 0; lane < 8; ++lane) {
+                const bool kept = mask >> lane & 1;
+                lanes[mask][lane] = kept ? next : INT32_MIN;
+                bytes[mask][lane] = uint8_t(kept ? next : 0x80);
+                pairs[mask][2 * lane] = uint8_t(kept ? 2 * next : 0x80);
+                pairs[mask][2 * lane + 1] = uint8_t(kept ? 2 * next + 1 : 0x80);
+                nibbles[mask] |= kept ? 0xfu << (4 * lane) : 0u;
+                next += kept;
+            }
+        }
+    }
+};
+constexpr Tables tables;  // made by the compiler: code that runs while the library loads must not use AVX2
+
+inline __m256 from_bf16(__m128i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(v), 16)); }
+inline __m256 from_int8(__m128i v) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(v)); }
+inline __m256 from_int4(uint32_t v) {
+    const __m256i up = _mm256_setr_epi32(28, 24, 20, 16, 12, 8, 4, 0);  // each nibble to the top, then down with its sign
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(int32_t(v)), up), 28));
+}
+inline uint64_t load64(const uint8_t* p) {
+    uint64_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return word;
+}
+inline uint32_t load32(const uint8_t* p) {
+    uint32_t word;
+    __builtin_memcpy(&word, p, sizeof word);
+    return word;
+}
+
+// Eight columns of a row, of which `mask` are stored from number `at` on.
+template <int K>
+inline __m256 spread(const void* values, int64_t at, unsigned mask) {
+    if constexpr (K == F32) {
+        const __m256i lanes = _mm256_load_si256(reinterpret_cast<const __m256i*>(tables.lanes[mask]));
+        const __m256 v = _mm256_permutevar8x32_ps(_mm256_loadu_ps(static_cast<const float*>(values) + at), lanes);
+        return _mm256_blendv_ps(v, _mm256_setzero_ps(), _mm256_castsi256_ps(lanes));
+    } else if constexpr (K == BF16) {
+        const auto* p = reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(values) + at);
+        const __m128i order = _mm_load_si128(reinterpret_cast<const __m128i*>(tables.pairs[mask]));
+        return from_bf16(_mm_shuffle_epi8(_mm_loadu_si128(p), order));
+    } else if constexpr (K == INT8) {
+        const auto* p = reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(values) + at);
+        const __m128i order = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(tables.bytes[mask]));
+        return from_int8(_mm_shuffle_epi8(_mm_loadl_epi64(p), order));
+    } else {
+        const uint64_t word = load64(static_cast<const uint8_t*>(values) + (at >> 1)) >> (4 * (at & 1));
+        return from_int4(_pdep_u32(uint32_t(word), tables.nibbles[mask]));
+    }
+}
+
+// Eight columns of a row that stores all of them; the rows of int4 start at a byte.
+template <int K>
+inline __m256 plain(const void* values, int64_t at) {
+    if constexpr (K == F32) return _mm256_loadu_ps(static_cast<const float*>(values) + at);
+    if constexpr (K == BF16)
+        return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const uint16_t*>(values) + at)));
+    if constexpr (K == INT8)
+        return from_int8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(static_cast<const uint8_t*>(values) + at)));
+    return from_int4(load32(static_cast<const uint8_t*>(values) + (at >> 1)));
+}
+
+inline float total(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
+}
+
+template <int K, int R, bool Packed>
+void rows(const Matrix& m, const float* x, float* y, int64_t first, int64_t last) {
+    constexpr bool scaled = K == INT8 || K == INT4;
+    constexpr int chains = R == 1 ? 4 : R == 2 ? 2 : 1;  // independent sums, so that no FMA waits for the one before
+    const int64_t width = padded(m), stride = bit_stride(m);
+    const int64_t full = m.in / GROUP;                   // groups of 32 columns; the rest is done byte by byte
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t* bits = Packed ? m.bits + row * stride : nullptr;
+        const uint16_t* scales = scaled ? m.scales + row * groups(m) : nullptr;
+        int64_t at = Packed ? m.offsets[row] : row * (K == INT4 ? (m.in + 1) / 2 * 2 : m.in);
+        __m256 sum[R][chains];
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < chains; ++c) sum[r][c] = _mm256_setzero_ps();
+
+        const auto step = [&](int64_t byte) __attribute__((always_inline)) {
+            if constexpr (Packed) {
+                const unsigned mask = bits[byte];
+                const __m256 w = spread<K>(m.values, at, mask);
+                at += __builtin_popcount(mask);
+                return w;
+            } else {
+                const __m256 w = plain<K>(m.values, at);
+                at += 8;
+                return w;
+            }
+        };
+        const auto group = [&](int64_t g, int64_t steps) __attribute__((always_inline)) {
+            __m256 part[R][2];
+            for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm256_setzero_ps();
+            for (int64_t i = 0; i < steps; ++i) {
+                const __m256 w = step(4 * g + i);
+                for (int r = 0; r < R; ++r) {
+                    const __m256 column = _mm256_loadu_ps(x + r * width + GROUP * g + 8 * i);
+                    if constexpr (scaled) part[r][i & 1] = _mm256_fmadd_ps(w, column, part[r][i & 1]);
+                    else sum[r][i % chains] = _mm256_fmadd_ps(w, column, sum[r][i % chains]);
+                }
+            }
+            if constexpr (scaled) {
+                const __m256 scale = _mm256_set1_ps(_cvtsh_ss(scales[g]));
+                for (int r = 0; r < R; ++r)
+                    sum[r][0] = _mm256_fmadd_ps(scale, _mm256_add_ps(part[r][0], part[r][1]), sum[r][0]);
+            }
+        };
+        for (int64_t g = 0; g < full; ++g) group(g, 4);
+        if (const int64_t rest = stride - 4 * full) group(full, rest);
+        for (int r = 0; r < R; ++r) {
+            __m256 all = sum[r][0];
+            for (int c = 1; c < chains; ++c) all = _mm256_add_ps(all, sum[r][c]);
+            y[r * m.out + row] = total(all);
+        }
+    }
+}
+
+template <int K, bool Packed>
+void of_kind(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last) {
+    switch (n) {
+        case 1: return rows<K, 1, Packed>(m, x, y, first, last);
+        case 2: return rows<K, 2, Packed>(m, x, y, first, last);
+        case 3: return rows<K, 3, Packed>(m, x, y, first, last);
+        case 4: return rows<K, 4, Packed>(m, x, y, first, last);
+        case 5: return rows<K, 5, Packed>(m, x, y, first, last);
+        case 6: return rows<K, 6, Packed>(m, x, y, first, last);
+        case 7: return rows<K, 7, Packed>(m, x, y, first, last);
+        default: return rows<K, 8, Packed>(m, x, y, first, last);
+    }
+}
+
+}  // namespace
+
+void avx2(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last) {
+    if (m.bits) {
+        switch (m.kind) {
+            case F32: return of_kind<F32, true>(m, x, n, y, first, last);
+            case BF16: return of_kind<BF16, true>(m, x, n, y, first, last);
+            case INT8: return of_kind<INT8, true>(m, x, n, y, first, last);
+            default: return of_kind<INT4, true>(m, x, n, y, first, last);
+        }
+    }
+    switch (m.kind) {
+        case F32: return of_kind<F32, false>(m, x, n, y, first, last);
+        case BF16: return of_kind<BF16, false>(m, x, n, y, first, last);
+        case INT8: return of_kind<INT8, false>(m, x, n, y, first, last);
+        default: return of_kind<INT4, false>(m, x, n, y, first, last);
+    }
+}
+
+}  // namespace pumice

@@ -1,0 +1,35 @@
+// A matrix [out, in] as the kernels read it, and what every kernel computes: y = W x (+ b), fp32 accumulation.
+#pragma once
+#include <cstdint>
+
+namespace pumice {
+
+enum Kind : int32_t { F32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+
+constexpr int MAX_ROWS = 8;  // rows of x in one pass over the weights
+constexpr int GROUP = 32;    // columns that share a scale
+
+// The order of the fields is known to library.py.
+struct Matrix {
+    int64_t out, in;
+    const uint8_t* bits;      // [out, ceil(in/8)], lowest bit first; null: every weight is stored
+    const void* values;       // the stored weights, row by row; in int4 two to a byte, low nibble first
+    const int32_t* offsets;   // [out+1]: where a row's values start (with bits only)
+    const uint16_t* scales;   // [out, ceil(in/32)] in fp16 (int8, int4)
+    const float* bias;        // [out] or null
+    int32_t kind;
+};
+
+inline int64_t bit_stride(const Matrix& m) { return (m.in + 7) / 8; }
+inline int64_t groups(const Matrix& m) { return (m.in + GROUP - 1) / GROUP; }
+inline int64_t padded(const Matrix& m) { return groups(m) * GROUP; }  // columns of x that may be read, zeros behind `in`
+
+// Rows [first, last) of y for n <= MAX_ROWS rows of x, in fp32, each `padded(m)` long. y is [n, out].
+using Product = void (*)(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
+
+void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
+#ifdef PUMICE_AVX2
+void avx2(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
+#endif
+
+}  // namespace pumice

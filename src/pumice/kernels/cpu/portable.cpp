@@ -1,0 +1,57 @@
+// The product in plain C++: the kernel of machines without AVX2, and what tests hold the other kernels to.
+#include <cmath>
+#include <cstring>
+
+#include "matrix.h"
+
+namespace pumice {
+namespace {
+
+float half(uint16_t h) {
+    const int exponent = (h >> 10) & 31, fraction = h & 1023;
+    const float sign = h >> 15 ? -1.0f : 1.0f;
+    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+    return sign * (exponent ? std::ldexp(float(1024 + fraction), exponent - 25) : std::ldexp(float(fraction), -24));
+}
+
+float value(const Matrix& m, int64_t i) {  // the stored weight number i, before its scale
+    switch (m.kind) {
+        case F32: return static_cast<const float*>(m.values)[i];
+        case BF16: {
+            const uint32_t word = uint32_t(static_cast<const uint16_t*>(m.values)[i]) << 16;
+            float f;
+            std::memcpy(&f, &word, sizeof f);
+            return f;
+        }
+        case INT8: return static_cast<const int8_t*>(m.values)[i];
+        default: {
+            const int nibble = (static_cast<const uint8_t*>(m.values)[i >> 1] >> (4 * (i & 1))) & 15;
+            return float((nibble ^ 8) - 8);
+        }
+    }
+}
+
+}  // namespace
+
+void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last) {
+    const int64_t width = padded(m);
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t* bits = m.bits ? m.bits + row * bit_stride(m) : nullptr;
+        int64_t at = bits ? m.offsets[row] : row * (m.kind == INT4 ? (m.in + 1) / 2 * 2 : m.in);
+        float sum[MAX_ROWS] = {};
+        for (int64_t g = 0; g < groups(m); ++g) {
+            const float scale = m.scales ? half(m.scales[row * groups(m) + g]) : 1.0f;
+            const int64_t end = (g + 1) * GROUP < m.in ? (g + 1) * GROUP : m.in;
+            float part[MAX_ROWS] = {};
+            for (int64_t j = g * GROUP; j < end; ++j) {
+                if (bits && !(bits[j >> 3] >> (j & 7) & 1)) continue;
+                const float w = value(m, at++);
+                for (int r = 0; r < n; ++r) part[r] += w * x[r * width + j];
+            }
+            for (int r = 0; r < n; ++r) sum[r] += scale * part[r];
+        }
+        for (int r = 0; r < n; ++r) y[r * m.out + row] = sum[r];
+    }
+}
+
+}  // namespace pumice
