@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pumice.calib import parallel
 from pumice.disk import write
 from pumice.errors import PumiceError
 from pumice.forms import Form, collector, decode, encode
@@ -42,6 +43,10 @@ class Journal:
 
     def resume(self) -> tuple[dict[str, Form], int, dict[str, list[Tensor]], list[str]]:
         """Forms of the finished blocks, the first block to do, the hidden states that enter it, and what was noted."""
+        found = self._found()
+        return found if parallel.agreed(found[1]) else ({}, 0, {}, [])
+
+    def _found(self) -> tuple[dict[str, Form], int, dict[str, list[Tensor]], list[str]]:
         try:
             forms, block, notes = self._finished()
             return forms, block, self._entering(block) if block else {}, notes

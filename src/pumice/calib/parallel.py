@@ -16,9 +16,11 @@ from pumice.errors import PumiceError
 
 
 def start() -> None:
-    """Join the ranks of `torchrun`, if it started this process. NCCL where there is CUDA, else gloo."""
+    """Join the ranks of `torchrun`, if it started this process. NCCL for what lies on CUDA, else gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 def finish() -> None:
@@ -44,6 +46,25 @@ def share(groups: list) -> list:
     return groups[rank() :: world()]
 
 
+def agreed(value: object) -> bool:
+    """Whether all ranks say the same: ranks that were killed together need not have come equally far."""
+    if world() == 1:
+        return True
+    everyone: list = [None] * world()
+    dist.all_gather_object(everyone, value)
+    return all(one == value for one in everyone)
+
+
+def check(methods: Iterable) -> None:
+    """Refuse methods that learn from samples: every rank would learn another mask from its part of the text."""
+    for one in methods:
+        if world() > 1 and getattr(one, "rows", None):
+            raise PumiceError(
+                f"{one.name} learns from its samples one after the other, which {world()} processes cannot share. Run "
+                "it without torchrun."
+            )
+
+
 def reduce_stats(collected: dict, make) -> None:
     """Sum every statistic over the ranks in place; `make(key)` is an empty one where this rank saw no token.
 
@@ -67,14 +88,6 @@ def reduce_sum(tensors: Iterable[Tensor]) -> None:
     if world() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
-
-
-def reduce_mean(tensors: Iterable[Tensor]) -> None:
-    """Average tensors over the ranks in place: gradients of a block's loss."""
-    if world() > 1:
-        for tensor in tensors:
-            dist.all_reduce(tensor)
-            tensor /= world()
 
 
 def _tensors(stat) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from pumice.arch.detect import Arch
+from pumice.calib import parallel
 from pumice.calib.block import BlockRun
 from pumice.calib.data import Windows
 from pumice.calib.journal import Journal
@@ -55,7 +56,8 @@ class Work:
         if journal is None:
             return make()
         path = journal.folder / "numbers.json"
-        if not path.exists():
+        there = path.exists()
+        if not (parallel.agreed(there) and there):
             found = make()
             write(path, lambda part: part.write_text(json.dumps(found)))
         return json.loads(path.read_text())
