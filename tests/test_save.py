@@ -24,7 +24,7 @@ PLAN = Plan(base={"name": "tiny", "fingerprint": "0"}, recipe=[{"method": "magni
 class FullDisk:
     """A plan whose tensors no longer fit."""
 
-    base = PLAN.base
+    base, weights = PLAN.base, PLAN.weights
 
     def without_values(self):
         return self

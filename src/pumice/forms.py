@@ -77,6 +77,7 @@ class Slim:
 
     kept: Tensor  # int64 [k], ascending
     units: int
+    weights: int = 1  # of one unit, so that the sparsities of neurons, KV groups and experts add up
 
     def reference(self, activations: Tensor) -> Tensor:
         """The consumer's input [..., units] with the missing units at zero."""

@@ -33,6 +33,7 @@ class Plan:
     recipe: list[dict] = field(default_factory=list)
     calibration: dict = field(default_factory=dict)
     base: dict = field(default_factory=dict)  # name, fingerprint, and `applied`: the fingerprint with the masks written
+    # (`slimmed`: the fingerprint of the smaller model saved with it, to which its Slim forms have been done already)
     measurements: dict = field(default_factory=dict)
 
     @property
@@ -66,17 +67,19 @@ class Plan:
 
     @property
     def fits(self) -> set[str]:
-        """Fingerprints of the weights that it can run on: its base's, and those that its masks made of them."""
+        """Fingerprints of the weights that it can run on: its base's, and those that it made of them."""
         updated = any(isinstance(form, Mask) and form.updated for form in self.weights.values())
-        return {self.base[key] for key in ("applied",) + ("fingerprint",) * (not updated) if self.base.get(key)}
+        known = ("applied", "slimmed") + ("fingerprint",) * (not updated)
+        return {self.base[key] for key in known if self.base.get(key)}
 
     def sparsity(self) -> float:
         """Fraction removed, over the weights of the masked matrices or the units of the selected sites."""
         masks = [form for form in self.weights.values() if isinstance(form, Mask)]
         if masks:
             return sum(form.removed for form in masks) / max(sum(math.prod(form.shape) for form in masks), 1)
-        units = [(form.sparsity * form.units, form.units) for form in {**self.select, **self.weights}.values()]
-        return sum(gone for gone, _ in units) / max(sum(all_ for _, all_ in units), 1)
+        forms = {**self.select, **self.weights}.values()
+        sizes = [form.units * getattr(form, "weights", 1) for form in forms]
+        return sum(form.sparsity * size for form, size in zip(forms, sizes, strict=True)) / max(sum(sizes), 1)
 
     def applied(self, model: torch.nn.Module, **settings):
         """`with plan.applied(model):` runs the plan on the model itself; afterwards it is bit for bit what it was."""
@@ -161,6 +164,10 @@ def read_json(folder: Path) -> dict:
         found = data.get("pumice") if isinstance(data, dict) else None
         raise PumiceError(f"{path} has plan version {found!r}; this pumice reads version {VERSION}.")
     return data
+
+
+def slims_of(plan: Plan) -> dict[str, Slim]:
+    return {name: form for name, form in plan.weights.items() if isinstance(form, Slim)}
 
 
 def _names(plan: Plan) -> str:

@@ -18,7 +18,7 @@ from torch.nn.functional import linear
 from pumice.arch.probe import close, is_affine
 from pumice.arch.units import Rows
 
-Point = Literal["in", "mid"]
+Point = Literal["in", "mid", "out"]
 Tap = Callable[[int, Point, Tensor, Tensor], Tensor]
 
 
@@ -81,9 +81,10 @@ def expert_forward(
 ) -> Tensor:
     """What the experts module computes, expert by expert: hidden [N, d], index [N, k], weights [N, k] -> [N, d].
 
-    `at(expert, point, tokens, x)` sees the tensor before each matrix and returns the one to use: point `in` is the
-    input of gate_up [n, d], `mid` the input of down [n, units]; `tokens` [n] are rows of `hidden`. Without `index`,
-    `hidden` holds the same number of rows for each expert in turn, already weighted (Llama 4).
+    `at(expert, point, tokens, x)` sees a tensor of each expert and returns the one to use: point `in` is the
+    input of gate_up [n, d], `mid` the input of down [n, units], `out` what the expert gives times its routing weight
+    [n, d]; `tokens` [n] are rows of `hidden`. Without `index`, `hidden` holds the same number of rows for each expert
+    in turn, already weighted (Llama 4).
     """
     layout = fused(module)
     shape = hidden.shape
@@ -96,7 +97,9 @@ def expert_forward(
         tokens, slot = torch.where(index == expert)
         y = _one(module, layout, expert, tokens, hidden[tokens], at)
         if y is not None:
-            result.index_add_(0, tokens, (y * weights[tokens, slot, None]).to(result.dtype))
+            y = y * weights[tokens, slot, None]
+            y = at(expert, "out", tokens, y) if at else y
+            result.index_add_(0, tokens, y.to(result.dtype))
     return result.to(hidden.dtype).reshape(shape)
 
 

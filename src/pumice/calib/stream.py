@@ -25,7 +25,7 @@ from pumice.calib.journal import Journal
 from pumice.calib.spill import Spill
 from pumice.calib.stats import Stat
 from pumice.errors import PumiceError
-from pumice.forms import Form, Mask
+from pumice.forms import Form, Mask, Slim
 from pumice.sites import Block, Site
 
 GROUP = 2048  # tokens in one replay
@@ -125,12 +125,23 @@ def _one_block(
         if site.name in masks:
             weight = site.matrix()
             weight.copy_(masks[site.name].reference(weight))
+    slims = [(site, solved[site.name]) for site in sites if isinstance(solved.get(site.name), Slim)]
+    for site, form in slims:
+        if site.kind in ("ffn", "heads"):  # a router that has fewer experts is not made here
+            _silence(site, form)
     if replays is not None:
-        replays.streams["sparse"] = replays.run(block, "sparse") if masks else outputs
+        replays.streams["sparse"] = replays.run(block, "sparse") if masks or slims else outputs
         if "dense" in replays.streams:
             replays.streams["dense"] = dense
         _check_finite(block, replays.streams["sparse"])  # after the sites, whose own errors say more
     return solved
+
+
+def _silence(site: Site, form: Slim) -> None:
+    """Without its columns in the matrix that reads it a unit is as good as gone."""
+    matrix = site.matrix(site.out_role)
+    dead = torch.ones(site.units, dtype=torch.bool).index_fill(0, form.kept, False).nonzero().flatten()
+    matrix[:, site.parts[site.out_role].index(dead).to(matrix.device)] = 0
 
 
 def _stat(collected: dict, needs: tuple[type, ...], key: tuple[str, str], width: int, device) -> Stat:
@@ -202,7 +213,8 @@ def start(
 def collecting(block: Block, sites: list[Site], needs, collected: dict, valid: Callable[[], Tensor]):
     """Feed the statistics of every input tensor that the sites read, once per tensor, padding left out."""
     needs = tuple(needs)
-    keys = {site.input for site in sites}
+    experts = [site for site in sites if site.kind == "experts"]
+    keys = {site.input for site in sites} | {expert_key(site, e) for site in experts for e in range(site.units)}
 
     def add(key: str, rows: Tensor) -> None:
         for need in needs if len(rows) else ():
@@ -215,9 +227,15 @@ def collecting(block: Block, sites: list[Site], needs, collected: dict, valid: C
         for key in keys & modules.keys():
             handle = modules[key].register_forward_pre_hook(_tap(key, add, valid), with_kwargs=True)
             stack.callback(handle.remove)
-        for name in {site.parts[role].module for site in sites if site.expert is not None for role in site.parts}:
+        fused = [*experts, *(site for site in sites if site.expert is not None)]
+        for name in {site.parts[role].module for site in fused for role in site.parts}:
             stack.enter_context(_tap_experts(name, modules[name], keys, add, valid))
         yield
+
+
+def expert_key(site: Site, expert: int) -> str:
+    """The key of what one expert of a site gives, times its routing weight."""
+    return f"{site.name}[{expert}].out"
 
 
 def _tap(key: str, add: Callable, valid: Callable[[], Tensor]):

@@ -10,6 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from pumice.arch.checkpoint import INDEX, keys_of, shard_of_key
 from pumice.errors import PumiceError
 from pumice.hub.folder import check_target, publish, replacing, same_permissions, told
+from pumice.hub.slim import slimmed
+from pumice.plan import fingerprint_model, slims_of
 
 if TYPE_CHECKING:
     from pumice.plan import Plan
@@ -43,11 +46,16 @@ WEIGHTS = (
 def save(model: nn.Module, tokenizer, plan: Plan, folder: str | Path) -> Path:
     """Write a model whose masks are applied, its tokenizer, and the plan.
 
-    The weights are dense, with zeros where the masks wrote them; tied weights stay tied. An existing sparse model
-    folder is replaced; any other folder that is not empty is refused.
+    The weights are dense, with zeros where the masks wrote them; tied weights stay tied. Where the plan removes units
+    (Slim) they are those of a plain smaller model. An existing sparse model folder is replaced; any other folder that
+    is not empty is refused.
     """
     if any(parameter.is_meta for parameter in model.parameters()):
         raise PumiceError("some weights of this model are not in memory; write it with ShardWriter, block by block.")
+    if slims_of(plan):
+        check_target(folder)
+        model = slimmed(model, plan)
+        plan = replace(plan, base={**plan.base, "slimmed": fingerprint_model(model)})
     with replacing(folder) as fresh:
         model.save_pretrained(fresh)
         if tokenizer is not None:

@@ -15,7 +15,7 @@ from pumice.api import attach
 from pumice.calib.data import Windows
 from pumice.eval.perplexity import Perplexity, perplexity
 from pumice.eval.speed import Speed, bandwidth, compare
-from pumice.plan import Plan
+from pumice.plan import Plan, slims_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +96,8 @@ def budget_of(plan: Plan) -> str:
     """What the sparsity is a fraction of."""
     if plan.weights and plan.select:
         return "masked weights, then neurons"
+    if slims_of(plan):
+        return "weights of the FFN, attention or experts that lost units"
     return "weights of the pruned matrices" if plan.weights else "FFN neurons, per generated token"
 
 
@@ -103,7 +105,8 @@ def how(twin: nn.Module) -> str:
     """How a plan ran last: gathered (smaller dense matrices), masked (dense work, then zeros), or dense storage."""
     selections = twin.pumice.selections.values()
     if not selections:
-        return "dense storage"
+        smaller = twin.pumice.slim or twin.pumice.plan.base.get("slimmed")
+        return "a smaller dense model" if smaller or slims_of(twin.pumice.plan) else "dense storage"
     if twin.pumice.exec == "reference":
         return "reference"
     gathered = sum(bool(selection.gathered) for selection in selections)

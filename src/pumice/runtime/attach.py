@@ -17,17 +17,20 @@ from torch import Tensor, nn
 from pumice.arch.detect import Arch, detect
 from pumice.errors import PumiceError
 from pumice.forms import Mask, Select, Slim, Static, Uniform
-from pumice.plan import Plan, fingerprint_model
+from pumice.plan import Plan, fingerprint_model, slims_of
 from pumice.runtime.live import Exec, Runtime, generate
-from pumice.runtime.modules import Selection, gather, splice_experts, splice_select, splice_slim
+from pumice.runtime.modules import Selection, splice_experts, splice_select
+from pumice.runtime.slim import install_slims
 from pumice.runtime.state import NAMES
-from pumice.sites import Site, owner
+from pumice.runtime.tree import copy_tree, exchange, tables
+from pumice.sites import Site
 
 
 def attach(model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measured", check: bool = True) -> nn.Module:
     """A twin of `model` that runs `plan` and shares every tensor that it leaves alone; `twin.pumice` is its Runtime."""
     check_unspliced(model)
     arch = detect(model)
+    plan = without_slims(model, plan)
     if check:
         check_base(model, plan)
     twin = copy_tree(model)
@@ -42,40 +45,22 @@ def applied(
     """Run `plan` on the model itself; on leaving, every child and parameter is the object that it was."""
     check_unspliced(model)
     arch = detect(model)
+    plan = without_slims(model, plan)
     if check:
         check_base(model, plan)
-    before = [(module, _tables(module)) for module in model.modules()]
+    before = [(module, tables(module)) for module in model.modules()]
     ours = {name: model.__dict__[name] for name in ("generate", "pumice") if name in model.__dict__}
     runtime = Runtime(plan=plan, arch=arch, exec=exec, kernels=kernels)
     try:
         _install(model, runtime)
         yield runtime
     finally:
-        for module, tables in before:
-            for name, table in tables.items():
+        for module, kept in before:
+            for name, table in kept.items():
                 module.__dict__[name] = table
         for name in ("generate", "pumice"):
             model.__dict__.pop(name, None)
         model.__dict__.update(ours)
-
-
-def _tables(module: nn.Module) -> dict:
-    names = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
-    names += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
-    return {name: module.__dict__[name].copy() for name in names}
-
-
-def copy_tree(module: nn.Module, seen: dict | None = None) -> nn.Module:
-    """The same modules as new objects, with the same tensors."""
-    seen = {} if seen is None else seen
-    if id(module) not in seen:
-        twin = module.__class__.__new__(module.__class__)
-        seen[id(module)] = twin
-        twin.__dict__ = {**module.__dict__, **_tables(module), "_buffers": dict(module._buffers)}
-        twin.__dict__["_modules"] = {
-            name: None if child is None else copy_tree(child, seen) for name, child in module._modules.items()
-        }
-    return seen[id(module)]
 
 
 def _install(model: nn.Module, runtime: Runtime) -> None:
@@ -83,11 +68,7 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
     sites = {name: replace(_site(arch, name), root=model) for name in (*plan.weights, *plan.select)}
     masks = {name: form for name, form in plan.weights.items() if isinstance(form, Mask)}
     write_masks(model, {name: sites[name] for name in masks}, masks)
-    for name, form in plan.weights.items():
-        if isinstance(form, Slim):
-            _check_slim(sites[name], form)
-            runtime.slim |= gather(sites[name], form.kept)
-    _exchange(model, splice_slim(runtime.slim, model.get_submodule))
+    runtime.slim |= install_slims(model, sites, slims_of(plan))
     fused: dict[str, dict[str, Selection]] = {}
     for name, form in plan.select.items():
         site = sites[name]
@@ -98,11 +79,11 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
             module = next(iter(site.parts.values())).module
             fused.setdefault(module, {})[name] = selection
         else:
-            _exchange(model, splice_select(selection, model.get_submodule))
+            exchange(model, splice_select(selection, model.get_submodule))
     for module, selections in fused.items():
         neurons = {s.site.expert: s for s in selections.values() if s.site.expert is not None}
         whole = next((s for s in selections.values() if s.site.kind == "experts"), None)
-        _exchange(model, {module: splice_experts(model.get_submodule(module), neurons, whole)})
+        exchange(model, {module: splice_experts(model.get_submodule(module), neurons, whole)})
     if plan.select:
         runtime.arguments = tuple(inspect.signature(model.forward).parameters)
         if not set(NAMES) & set(runtime.arguments):
@@ -152,19 +133,6 @@ def _check_select(site: Site, form: Select, plan: Plan) -> None:
         raise PumiceError(f"the plan both removes units of {site.name} (Slim) and selects among them. Leave one out.")
 
 
-def _check_slim(site: Site, form: Slim) -> None:
-    if site.kind != "ffn" or site.expert is not None:
-        raise PumiceError(f"{site.name}: Slim is only known for FFN neurons so far; this site is of kind {site.kind}.")
-    if form.units != site.units or bool(((form.kept < 0) | (form.kept >= site.units)).any()):
-        raise PumiceError(f"Slim at {site.name} keeps some of {form.units} units, but the model has {site.units}.")
-
-
-def _exchange(model: nn.Module, replacements: dict[str, nn.Module]) -> None:
-    for name, module in replacements.items():
-        parent, child = owner(name)
-        model.get_submodule(parent)._modules[child] = module
-
-
 def write_masks(model: nn.Module, sites: dict[str, Site], masks: dict[str, Mask]) -> None:
     """Put masked copies of the parameters in the modules' tables; the originals stay as they are."""
     written: dict[str, Tensor] = {}
@@ -186,6 +154,13 @@ def write_masks(model: nn.Module, sites: dict[str, Site], masks: dict[str, Mask]
         for leaf, parameter in module._parameters.items():
             if id(parameter) in masked:
                 module._parameters[leaf] = masked[id(parameter)]
+
+
+def without_slims(model: nn.Module, plan: Plan) -> Plan:
+    """The plan for this model: on the smaller one that was saved with it, its units are gone already."""
+    if not plan.base.get("slimmed") or plan.base["slimmed"] != fingerprint_model(model):
+        return plan
+    return replace(plan, weights={name: form for name, form in plan.weights.items() if not isinstance(form, Slim)})
 
 
 def check_base(model: nn.Module, plan: Plan) -> None:
