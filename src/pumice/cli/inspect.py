@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from pumice.cli.given import not_finite, open_model
-from pumice.cli.say import emit, page, sparse_part
+from pumice.cli.say import emit, page, sheet, sparse_part
 
 
-def inspect(model: str, as_json: bool) -> None:
+def inspect(model: str, every_site: bool, as_json: bool) -> None:
     from pumice.arch.detect import detect
 
     loaded, plan = open_model(model, sound=False)
@@ -30,31 +32,33 @@ def inspect(model: str, as_json: bool) -> None:
         data |= {"base": plan.base, "calibration": plan.calibration, **_zeros(loaded, arch, plan)}
     if as_json:
         return emit(data)
-    _print_inspection(data)
+    _print_inspection(data, every_site)
 
 
 def _zeros(loaded, arch, plan) -> dict:
-    """Whether the weights are those of the plan, and how many zeros the stored matrices hold of those it asks for."""
+    """Whether the weights are those of the plan, and of each matrix how many of the zeros that its mask asks for."""
     from pumice.forms import Mask
+    from pumice.hub.zeros import count
     from pumice.plan import fingerprint_model
 
     found = fingerprint_model(loaded.model)
     names = {plan.base.get("fingerprint"): "base", plan.base.get("applied"): "pruned"}
-    masks = {name: form for name, form in plan.weights.items() if isinstance(form, Mask)}
-    stored = {name: int((arch.sites[name].matrix() == 0).sum()) for name in masks if name in arch.sites}
+    rows = count(arch, plan) if loaded.folder == loaded.plan else []  # beside its base's weights a plan has no zeros
     return {
         "weights": names.get(found, "other"),
         "fingerprint": found,
-        "masked_matrices": len(masks),
-        "masked_weights": sum(form.shape[0] * form.shape[1] for form in masks.values()),
-        "planned_zeros": sum(form.removed for form in masks.values()),
-        "zeros": sum(stored.values()),
-        "sites_with_too_few_zeros": [name for name in masks if stored.get(name, 0) < masks[name].removed],
+        "masked_matrices": sum(isinstance(form, Mask) for form in plan.weights.values()),
+        "masked_weights": sum(row.weights for row in rows),
+        "planned_zeros": sum(row.planned for row in rows),
+        "found_zeros": sum(row.found for row in rows),
+        "zeros": sum(row.zeros for row in rows),
+        "sites_with_too_few_zeros": [row.site for row in rows if not row.ok],
         "sites_not_in_the_model": sorted((plan.weights.keys() | plan.select.keys()) - arch.sites.keys()),
+        "masks": [{**asdict(row), "lost": row.lost, "ok": row.ok} for row in rows],
     }
 
 
-def _print_inspection(data: dict) -> None:
+def _print_inspection(data: dict, every_site: bool) -> None:
     page.print(
         f"{data['model']}: {data['class']}, {data['parameters'] / 1e6:.1f} M parameters, {data['blocks']} blocks"
     )
@@ -73,18 +77,46 @@ def _print_inspection(data: dict) -> None:
     if data["calibration"]:
         page.print("calibrated on: " + ", ".join(f"{key}={value}" for key, value in data["calibration"].items()))
     page.print(f"achieved sparsity {data['sparsity']:.4f} of the {data['sparsity_of']}")
-    if data["masked_weights"]:
-        page.print(
-            f"{data['zeros']:,} zeros in {data['masked_weights']:,} weights of pruned matrices; "
-            f"the masks ask for {data['planned_zeros']:,}"
-        )
+    if data["masks"]:
+        _print_masks(data["masks"], every_site)
+        _print_verdict(data)
+    elif data["masked_matrices"]:
+        page.print(f"{data['masked_matrices']} masks, saved without weights: they are written when the model runs.")
     if data["sites_not_in_the_model"]:
         page.print(f"not in this model: {', '.join(data['sites_not_in_the_model'][:5])}. The plan is of another model.")
     if data["weights"] == "other":
         page.print(
             f"the weights here are others ({data['fingerprint']}): changed or fine-tuned since the plan was made."
         )
-    if data["sites_with_too_few_zeros"]:
-        lost = data["sites_with_too_few_zeros"]
-        matrices = f"{len(lost)} of {data['masked_matrices']} matrices"
-        page.print(f"zeros were lost in {matrices}: {', '.join(lost[:5])}. Fine-tuned without the mask?")
+
+
+def _print_masks(rows: list[dict], every_site: bool) -> None:
+    """Planned and found zeros as a table, a line for each block or each matrix."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("matrix" if every_site else "block")
+    for name in ("weights", "zeros planned", "found", "lost"):
+        table.add_column(name, justify="right")
+    table.add_column("ok")
+    groups: dict = {}
+    for row in rows:
+        groups.setdefault(row["site"] if every_site else str(row["block"]), []).append(row)
+    for name, group in groups.items():
+        sums = [sum(row[key] for row in group) for key in ("weights", "planned", "found", "lost")]
+        table.add_row(name, *(f"{value:,}" for value in sums), "no" if sums[-1] else "yes")
+    sheet.print(table)
+
+
+def _print_verdict(data: dict) -> None:
+    lost = [row for row in data["masks"] if not row["ok"]]
+    if not lost:
+        zeros, weights = f"{data['found_zeros']:,} zeros", f"{data['masked_weights']:,} weights of pruned matrices"
+        page.print(f"every zero is there: {zeros} in {weights}, as the masks ask")
+        return
+    names = ", ".join(row["site"] for row in lost[:5]) + (f" and {len(lost) - 5} more" if len(lost) > 5 else "")
+    gone = f"{sum(row['lost'] for row in lost):,} of {data['planned_zeros']:,} zeros were lost"
+    page.print(
+        f"{gone}, in {len(lost)} of {data['masked_matrices']} matrices: {names}. Fine-tuned without the mask? "
+        "`--sites` says how many in each."
+    )

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from pumice.cli import ranks
 from pumice.errors import PumiceError
 
 app = typer.Typer(
@@ -43,7 +44,8 @@ Debug = Annotated[bool, typer.Option("--debug", help="show tracebacks")]
 
 
 @app.callback()
-def main(debug: Debug = False) -> None:
+def main(context: typer.Context, debug: Debug = False) -> None:
+    ranks.begin(context.invoked_subcommand)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
@@ -183,11 +185,32 @@ def generate(
 
 
 @app.command()
-def inspect(model: Model, json: Json = False) -> None:
+def inspect(
+    model: Model,
+    sites: Annotated[bool, typer.Option("--sites", help="every matrix by name, not the sum over a block")] = False,
+    json: Json = False,
+) -> None:
     """What a sparse folder holds, or what a model's sites are."""
     from pumice.cli.inspect import inspect
 
-    inspect(model, json)
+    inspect(model, sites, json)
+
+
+@app.command(short_help="A sparse model as a plain folder, a GGUF file, or packed.")
+def export(
+    model: Model,
+    to: Annotated[str, typer.Option(help="hf: a dense folder that loads anywhere; gguf: a file for llama.cpp; packed")],
+    out: Annotated[str, typer.Option(help="the folder, or FILE.gguf, to write")],
+    type: Annotated[str | None, typer.Option(help="of a gguf: f16 (default), q8_0, bf16, f32")] = None,
+    store: Annotated[
+        str | None, typer.Option(help="of packed: fp32, bf16, int8, int4; default: the numbers as they are")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a sparse model as a file that needs no plan: dense for transformers, GGUF for llama.cpp, or packed."""
+    from pumice.cli.export import export
+
+    export(model, to, out, type=type, store=store, as_json=json)
 
 
 @app.command()
@@ -230,7 +253,7 @@ def run() -> None:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        print(f"error{ranks.said_by()}: {_sentence(error)}", file=sys.stderr)
         sys.exit(1)
     if code == 130:  # typer turns Ctrl-C into this code and says nothing
         print("interrupted. `sparsify` goes on at the block it had reached when it is given again.", file=sys.stderr)

@@ -1,0 +1,45 @@
+"""llama.cpp in a process of its own: what it makes of a GGUF's text, and the log-probabilities it gives. For tests."""
+
+import json
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+
+def ask(path: Path, prompts: list[list[int]], texts: list[str] = (), *, new: int = 1, best: int = 20) -> dict:
+    """Greedy tokens and top log-probabilities after each prompt, and the token numbers of each text."""
+    settings = {"path": str(path), "prompts": prompts, "texts": list(texts), "new": new, "best": best}
+    command = [sys.executable, __file__, json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _main(path: str, prompts: list, texts: list, new: int, best: int) -> dict:
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path, params.n_ctx, params.n_parallel, params.warmup = path, 256, 1, False
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(params)
+    settings = {"max_tokens": new, "temperature": 0, "ignore_eos": False, "cache_prompt": False, "logprobs": best}
+    answers = [server.handle_completions({"prompt": prompt, **settings}) for prompt in prompts]
+    found = [answer["choices"][0]["logprobs"]["content"] for answer in answers]
+    return {
+        "tokens": [[step["id"] for step in steps] for steps in found],
+        "best": [{top["id"]: top["logprob"] for top in steps[0]["top_logprobs"]} for steps in found],
+        "texts": [_tokenized(server.listening_address, text) for text in texts],
+    }
+
+
+def _tokenized(address: str, text: str) -> list[int]:
+    body = json.dumps({"content": text, "add_special": True, "parse_special": True}).encode()
+    request = urllib.request.Request(f"{address}/tokenize", body, {"Content-Type": "application/json"})
+    return json.loads(urllib.request.urlopen(request, timeout=60).read())["tokens"]
+
+
+if __name__ == "__main__":
+    print(json.dumps(_main(**json.loads(sys.argv[1]))))
