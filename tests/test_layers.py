@@ -7,6 +7,7 @@ import pytest
 
 SOURCE = Path(__file__).parents[1] / "src" / "pumice"
 ROWS = [
+    {"__main__"},
     {"cli", "serve"},
     {"tune", "report"},
     {"eval", "train"},

@@ -196,6 +196,7 @@ class _Digesting:
 
 def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, journals, spill, after=None,
            done=None, check=False) -> Plan:  # fmt: skip
+    parallel.check(chain)
     arch = detect(model)
     first = chain[0]
     sites = choose_sites(arch, first)

@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -26,6 +28,20 @@ def start() -> None:
 def finish() -> None:
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def joined() -> Iterator[bool]:
+    """The ranks of `torchrun` together; whether this is the first, which writes and prints."""
+    start()
+    try:
+        yield rank() == 0
+    except RuntimeError as error:
+        if world() > 1 and re.search("gloo|nccl|connection|peer", str(error), re.IGNORECASE):
+            raise PumiceError("another process of this run has ended; what it said tells why.") from error
+        raise
+    finally:
+        finish()
 
 
 def world() -> int:

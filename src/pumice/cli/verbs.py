@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pumice.cli import ranks
 from pumice.cli.given import check_exec, check_length, open_model, quiet_libraries, refuse_sparse
 from pumice.cli.say import emit, note, page, plain, print_notes, print_rows, recipe_name, sheet, sparse_part
 from pumice.errors import PumiceError
@@ -26,15 +27,20 @@ def make_plan(loaded, methods: list[Any], text: dict, resume: bool = True):
 def sparsify(
     model: str, methods: list[Any], out: str, text: dict, *, dtype, device, measure, resume, as_json: bool
 ) -> None:
+    from pumice.calib import parallel
     from pumice.calib.sources import check
     from pumice.hub.folder import check_target
 
     check_target(out)
     check(text["data"])
-    loaded, before = open_model(model, dtype, device)
-    refuse_sparse(model, before)
-    check_length(loaded, text["window"], "--window")
-    plan = make_plan(loaded, methods, text, resume)
+    with parallel.joined() as first:
+        parallel.check(methods)
+        loaded, before = open_model(model, dtype, device)
+        refuse_sparse(model, before)
+        check_length(loaded, text["window"], "--window")
+        plan = make_plan(loaded, methods, text, resume)
+    if not first:
+        return
     rows = side_by_side(loaded, {recipe_name(plan): plan}, text) if measure else []
     plan = replace(plan, measurements={**plan.measurements, "rows": [plain(row.summary()) for row in rows]})
     write_folder(loaded, plan, out)
@@ -63,6 +69,8 @@ def sparsify_folder(model: str, methods: list[Any], out: str, text: dict, *, dty
     """`sparsify --stream`."""
     if dtype is not None:
         raise PumiceError("--dtype does not go with --stream: the shards that it writes keep the dtype that they have.")
+    if ranks.world() > 1:
+        raise PumiceError("torchrun does not go with --stream: one process writes the shards. Run it without torchrun.")
     if "after" in text:
         raise PumiceError("--after does not go with --stream: name both methods in one pass, as --method wanda+dsnot.")
     quiet_libraries()
