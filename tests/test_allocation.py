@@ -324,6 +324,8 @@ def test_evopress_says_what_it_cannot_do(tmp_path):
     for wrong in ("step=0", "survivors=9", "screen=0", "generations=-1", "spread=2", "per=row"):
         with pytest.raises(PumiceError, match="evopress"):
             recipe.allocation(f"evopress({wrong})")
+    with pytest.raises(PumiceError, match="give `where` to that"):
+        recipe.allocation("owl(where=*mlp*)")
     for wrong in ("owl(m=0)", "owl(spread=-1)", "sensitivity(spread=2)", "sensitivity(per=row)"):
         with pytest.raises(PumiceError, match=wrong.partition("(")[0]):
             recipe.allocation(wrong)

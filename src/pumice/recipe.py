@@ -35,6 +35,8 @@ def allocation(text: str) -> Any:
         raise unknown("allocation", str(text), ["uniform", *known])
     pairs = [pair.partition("=") for pair in (match[2] or "").split(",") if pair.strip()]
     settings = {key.strip(): value.strip() for key, _, value in pairs}
+    if "where" in settings:
+        raise PumiceError(f"an allocation is over the sites of its method: give `where` to that, not to {match[1]}.")
     return _build(known[match[1]].load(), match[1], settings)
 
 
