@@ -32,7 +32,7 @@ def export(model: str, to: str, out: str, *, type: str | None, store: str | None
 
             done = to_gguf(source, out, type or "f16")
         else:
-            from pumice.hub.packed import to_packed
+            from pumice.hub.to_packed import to_packed
 
             done = to_packed(source, out, store)
     data = {"model": model, "to": to, "out": out, "recipe": source.recipe, **done}

@@ -107,10 +107,24 @@ def check_length(loaded, tokens: int, flags: str) -> None:
         raise PumiceError(f"{tokens} tokens are more than the {positions} positions of {loaded.name}; lower {flags}.")
 
 
+def is_plain(plan) -> bool:
+    """Whether a folder with this plan holds a smaller model that is dense: where others may start from."""
+    return plan is not None and bool(plan.base.get("slimmed")) and not plan.select
+
+
 def refuse_sparse(model: str, plan) -> None:
-    if plan is not None:
+    if plan is not None and not is_plain(plan):
         base = plan.base.get("name")
         raise PumiceError(f"{model} is sparse already ({recipe_name(plan)}). Start from its base, {base}.")
+
+
+def refuse_packed(loaded) -> None:
+    """Packed matrices are no sites: nothing can be measured or decided in them."""
+    from pumice.hub.packed import packed_modules
+
+    if packed_modules(loaded.model):
+        base = loaded.model.config.quantization_config.base.get("name")
+        raise PumiceError(f"{loaded.name} is sparse and packed already. Start from its base, {base}.")
 
 
 def check_exec(name: str) -> None:

@@ -10,8 +10,11 @@ from pumice.cli.say import emit, page, sheet, sparse_part
 
 def inspect(model: str, every_site: bool, as_json: bool) -> None:
     from pumice.arch.detect import detect
+    from pumice.hub.packed import packed_modules
 
     loaded, plan = open_model(model, sound=False)
+    if packed := packed_modules(loaded.model):
+        return _packed(model, loaded, packed, every_site, as_json)
     arch = detect(loaded.model)
     sites: dict[str, dict] = {}
     for site in arch.sites.values():
@@ -33,6 +36,40 @@ def inspect(model: str, every_site: bool, as_json: bool) -> None:
     if as_json:
         return emit(data)
     _print_inspection(data, every_site)
+
+
+def _packed(model: str, loaded, packed: dict, every_site: bool, as_json: bool) -> None:
+    """A packed folder: its zeros cannot be lost, since they are not stored."""
+    matrices = {name: module.packed for name, module in packed.items()}
+    weights = sum(found.shape[0] * found.shape[1] for found in matrices.values())
+    kept = sum(int(found.offsets[-1]) for found in matrices.values())
+    config = loaded.model.config.quantization_config
+    data = {
+        "model": model,
+        "class": type(loaded.model).__name__,
+        "recipe": config.recipe,
+        "base": config.base,
+        "store": config.store,
+        "packed": len(matrices),
+        "weights": weights,
+        "kept": kept,
+        "sparsity": 1 - kept / weights,
+        "bytes": sum(found.bytes for found in matrices.values()),
+    }
+    if as_json:
+        sites = [
+            {"site": name, "shape": found.shape, "kept": int(found.offsets[-1]), "bytes": found.bytes}
+            for name, found in matrices.items()
+        ]
+        return emit(data | {"matrices": sites})
+    page.print(f"{model}: {data['class']}, {len(matrices)} matrices packed as {config.store}")
+    for entry in config.recipe:
+        page.print("recipe: " + ", ".join(f"{key}={value}" for key, value in entry.items()))
+    page.print(
+        f"{kept:,} of {weights:,} weights are stored, in {data['bytes'] / 1e6:.1f} MB: sparsity {data['sparsity']:.4f}"
+    )
+    for name, found in matrices.items() if every_site else ():
+        page.print(f"  {name}: {int(found.offsets[-1]):,} of {found.shape[0]}×{found.shape[1]}")
 
 
 def _zeros(loaded, arch, plan) -> dict:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pumice.cli import ranks
-from pumice.cli.given import check_exec, check_length, open_model, quiet_libraries, refuse_sparse
+from pumice.cli import given, ranks
+from pumice.cli.given import check_exec, check_length, is_plain, open_model, quiet_libraries, refuse_sparse
 from pumice.cli.say import emit, note, page, plain, print_notes, print_rows, recipe_name, sheet, sparse_part
 from pumice.errors import PumiceError
 
@@ -16,6 +16,7 @@ def make_plan(loaded, methods: list[Any], text: dict, resume: bool = True):
     from pumice.api import sparsify as make
     from pumice.plan import Plan
 
+    given.refuse_packed(loaded)
     source = {**text}
     if "after" in source:
         source["after"] = Plan.load(source["after"])
@@ -61,7 +62,7 @@ def write_folder(loaded, plan, out: str | Path) -> None:
     if not plan.changes_weights:
         save_plan_only(plan, out, loaded.tokenizer)
         return
-    with applied(loaded.model, replace(plan, select={}), check=False):
+    with applied(loaded.model, replace(plan, select={}), exec="reference", check=False):
         save(loaded.model, loaded.tokenizer, plan, out)
 
 
@@ -113,6 +114,7 @@ def evaluate(model: str, text: dict, *, prompt: int | None, dtype, device, execu
     from pumice.calib.data import tokens
     from pumice.calib.sources import check
     from pumice.eval.perplexity import perplexity
+    from pumice.hub.packed import how as how_alone
     from pumice.report.rows import how
     from pumice.report.tables import number
 
@@ -126,7 +128,7 @@ def evaluate(model: str, text: dict, *, prompt: int | None, dtype, device, execu
         prompt = text["window"] // 2
     runner = attach(loaded.model, plan, exec=execution) if plan is not None else loaded.model
     result = perplexity(runner, windows, prompt=prompt)
-    ran = how(runner) if plan is not None else "dense"
+    ran = how(runner) if plan is not None else how_alone(loaded.model)
     if as_json:
         return emit({"model": model, **sparse_part(plan), **result.summary(), "exec": execution, "ran": ran})
     page.print(f"perplexity {number(result.perplexity, result.standard_error)}   ({result.tokens} tokens scored)")
@@ -148,6 +150,10 @@ def bench(
     check_exec(execution)
     check(text["data"])
     loaded, plan = open_model(model, dtype, device)
+    if is_plain(plan) and methods is not None:
+        plan = None
+    elif is_plain(plan):  # dense is the model that it was made from
+        loaded, _ = open_model(plan.base["name"], dtype, device)
     if (plan is None) == (methods is None):
         raise PumiceError(
             "bench compares dense with one sparse model: give a dense MODEL and --method, or a sparse folder alone."
@@ -204,6 +210,7 @@ def generate(
     import torch
 
     from pumice.api import attach
+    from pumice.hub.packed import how as how_alone
     from pumice.report.rows import how
 
     if not prompt:
@@ -221,7 +228,7 @@ def generate(
     seconds = time.perf_counter() - start
     made = ids.shape[1] - inputs["input_ids"].shape[1]
     text = loaded.tokenizer.decode(ids[0], skip_special_tokens=True)
-    ran = how(runner) if plan is not None else "dense"
+    ran = how(runner) if plan is not None else how_alone(loaded.model)
     if as_json:
         found = {"model": model, **sparse_part(plan), "prompt": prompt, "text": text, "new_tokens": made}
         return emit(found | {"seconds": seconds, "exec": execution, "ran": ran})
@@ -250,6 +257,7 @@ def doctor(as_json: bool) -> None:
 
     from pumice.disk import cache_dir
     from pumice.eval.speed import resident_bytes
+    from pumice.kernels.cpu.library import describe
     from pumice.report.rows import machine
 
     extras = {"data": "datasets", "eval": "lm_eval", "plot": "matplotlib", "llamacpp": "xllamacpp"}
@@ -257,6 +265,7 @@ def doctor(as_json: bool) -> None:
     existing = next(parent for parent in (cache, *cache.parents) if parent.exists())
     data = {
         **machine(),
+        "cpu_kernels": describe(),
         "extras": {extra: importlib.util.find_spec(module) is not None for extra, module in extras.items()},
         "cache": str(cache),
         "disk_free_GB": round(shutil.disk_usage(existing).free / 1e9, 1),

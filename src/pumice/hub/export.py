@@ -14,6 +14,7 @@ from pumice.errors import PumiceError
 from pumice.forms import Mask
 from pumice.hub.folder import check_target, replacing, same_permissions
 from pumice.hub.models import Loaded, load, locate
+from pumice.hub.packed import packed_modules
 from pumice.hub.zeros import count, masks_of
 from pumice.plan import Plan, fingerprint_model
 
@@ -48,6 +49,8 @@ def open_source(name: str | Path) -> Source:
     Raises PumiceError for a plan that changes no weight, and for weights that lost zeros of their masks.
     """
     loaded = load(name)
+    if packed_modules(loaded.model):
+        raise PumiceError(f"{name} is packed already. Export the sparse folder that it was made from.")
     if loaded.plan is None:
         return Source(loaded=loaded)
     plan = Plan.load(loaded.plan)
@@ -58,7 +61,8 @@ def open_source(name: str | Path) -> Source:
             f"its dense base, {plan.base.get('name')}. Run it with `pumice generate`, or export the base."
         )
     arch = detect(loaded.model)
-    if missing := sorted(plan.weights.keys() - arch.sites.keys()):
+    masks = [site for site, form in plan.weights.items() if isinstance(form, Mask)]  # units removed are not there
+    if missing := sorted(set(masks) - arch.sites.keys()):
         raise PumiceError(f"the plan decides {missing[0]}, which this model does not have: it was made for another.")
     if loaded.folder == loaded.plan:
         _check_zeros(name, arch, plan)

@@ -60,6 +60,8 @@ def load(name: str | Path, *, dtype: torch.dtype | str | None = None, device: st
 def _read(folder: Path, dtype: torch.dtype | str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from transformers import AutoModelForCausalLM
 
+    import pumice.hub.packed  # noqa: F401  transformers then knows the packed form
+
     options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
