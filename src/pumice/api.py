@@ -82,6 +82,7 @@ def sparsify(
     A run that was killed goes on at the block it had reached, with a bit-identical result (`resume=False` to restart).
     """
     chains = recipe.chains(recipe.read(method))
+    _check_slims([one for chain in chains for one in chain], after)
     check_unspliced(model)
     base = {"name": name or getattr(model, "name_or_path", "") or type(model).__name__}
     base["fingerprint"] = fingerprint_model(model)
@@ -128,6 +129,8 @@ def sparsify_folder(
     chain, *more = recipe.chains(recipe.read(method))
     if more:
         raise PumiceError("a model larger than memory takes one method at a time; run the recipe's entries in turn.")
+    if any(getattr(one, "slims", False) for one in chain):
+        raise PumiceError(f"{_named(chain)} makes a smaller model, which is not written by shards; leave out --stream.")
     source = Shards(folder)
     text = None
     if needs_text(chain):
@@ -205,13 +208,14 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
         verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
     work = Work(model=model, arch=arch, windows=text, source=source, sites=sites, journals=journals, spill=spill)
     budgets = [_budget(work, one) for one in chain]
+    ready = [one.prepare(work) if hasattr(one, "prepare") else one for one in chain]
 
     def decide(run: BlockRun) -> dict[str, Form]:
         for site in run.sites:
             _check_finite(site)
         if after is not None:
             run.before = {site.name: after.weights[site.name] for site in run.sites if site.name in after.weights}
-        for one, run.budget in zip(chain, budgets, strict=True):
+        for one, run.budget in zip(ready, budgets, strict=True):
             run.before = {**run.before, **_decide(one, run)}
         return run.before
 
@@ -248,8 +252,22 @@ def _budget(work: Work, one: Any) -> dict[str, float]:
 def needs_text(chain: list[Any]) -> bool:
     """Whether any of the methods, or an allocation among them, looks at calibration text."""
     return any(
-        one.needs or getattr(one, "rows", None) or getattr(one, "allocation", "uniform") != "uniform" for one in chain
+        one.needs
+        or getattr(one, "rows", None)
+        or getattr(one, "reads_text", False)
+        or getattr(one, "allocation", "uniform") != "uniform"
+        for one in chain
     )
+
+
+def _check_slims(methods: list[Any], after: Plan | None) -> None:
+    """A method that makes a smaller model stands alone: the sites of a next one would be those of that model."""
+    slim = next((one.name for one in methods if getattr(one, "slims", False)), None)
+    if slim and (len(methods) > 1 or after is not None):
+        raise PumiceError(
+            f"{slim} makes a smaller model, so it goes alone. Save that first (`pumice sparsify MODEL --method {slim} "
+            "--out DIR`), then give DIR as the model of the next method."
+        )
 
 
 def _named(chain: list[Any]) -> str:
