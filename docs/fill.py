@@ -23,8 +23,7 @@ SCRIPTS = {
     "griffin": "`bench/griffin_speed.py` and `bench/prompt_level.py`",
     "static_topk": "`bench/prompt_level.py`",
     "glass": "`bench/prompt_level.py`",
-    "wanda": "`bench/larger_than_memory.py`",
-    "magnitude": "`pumice demo`, in its table",
+    "wanda": "`bench/larger_than_memory.py` and `bench/pruning.py`",
 }
 
 
@@ -36,8 +35,8 @@ def filled(text: str) -> str:
 
 def figures(name: str) -> str:
     """What the committed results say of a method, each table with the command that made it."""
-    tables = [*_speed(name), *_prompt_level(name), *_streamed(name)]
-    return "\n\n".join(tables) or f"None is committed yet. Measured by {SCRIPTS[name]}."
+    tables = [*_speed(name), *_prompt_level(name), *_pruning(name), *_streamed(name)]
+    return "\n\n".join(tables) or f"None is committed yet. Measured by {SCRIPTS.get(name, '`bench/pruning.py`')}."
 
 
 def _read(file: str) -> dict | None:
@@ -89,6 +88,36 @@ def _prompt_level(name: str) -> list[str]:
         ratio = f"{row['ratio']:.2f}× [{low:.2f}, {high:.2f}]"
         cells.append([chosen, f"{row['achieved_sparsity']:.4f}", f"{row['perplexity']:.2f}", ratio])
     return [_table(title, ["settings", "sparsity", "perplexity", "over dense, 95 % interval"], cells)]
+
+
+def _pruning(name: str) -> list[str]:
+    data = _read("pruning.json")
+    rows = [row for row in data["rows"].values() if _decides(row, name)] if data else []
+    if not rows:
+        return []
+    title = (
+        f"`python bench/pruning.py`: smollm2, 64 × 512 calibration tokens, perplexity of WikiText-2 test (64 windows "
+        f"of 512; 16 of 2,048); dense {data['perplexity_64x512']:.2f} and {data['perplexity_16x2048']:.2f}; "
+        f"{_on(data['machine'])}. "
+        "The weights of this model were once rounded to about 4 bits."
+    )
+    cells = []
+    for row in sorted(rows, key=lambda row: (row["name"], str(row["sparsity"]), row["calibration"], row["seed"])):
+        ratio = row.get("ratio_to_wanda_64x512")
+        against = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]" if ratio else ""
+        scores = [
+            f"{row['perplexity_64x512']:.2f} ± {row['error_64x512']:.2f}",
+            against,
+            f"{row['perplexity_16x2048']:.2f}",
+        ]
+        costs = [f"{row['minutes']:.1f}", f"{row['peak_GB']:.1f} GB"]
+        cells.append([row["name"], str(row["sparsity"]), f"{row['calibration']}, seed {row['seed']}", *scores, *costs])
+    header = ["method", "sparsity", "calibration", "512", "over Wanda, 95 %", "2,048", "minutes", "peak memory"]
+    return [_table(title, header, cells)]
+
+
+def _decides(row: dict, name: str) -> bool:
+    return any(name in (entry["method"], entry.get("allocation")) for entry in row["recipe"])
 
 
 def _streamed(name: str) -> list[str]:

@@ -1,6 +1,7 @@
 """SparseGPT, ADMM and DSnoT against their formulas, written down here without the tricks that make them fast."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import pumice
 from pumice.arch.detect import detect
 from pumice.budget import NM, Free, Row, parse_pattern, removed
-from pumice.calib.stats import Hessian, Moments
+from pumice.calib.stats import CrossMoment, Hessian, Moments
 from pumice.errors import PumiceError
 from pumice.methods.static.admm import ADMM
 from pumice.methods.static.dsnot import DSnoT, swap
@@ -120,17 +121,10 @@ def test_updates_reduce_the_error_of_every_block_family(family, method):
     assert abs(plan.sparsity() - 0.5) < 1e-3
     arch = detect(model)
     first = next(site for site in arch.of_kind("linear") if site.block == 0)
-    seen = []
-
-    def hook(module, args):
-        seen.append(args[0].detach().reshape(-1, args[0].shape[-1]))
-
-    handle = model.get_submodule(first.parts["weight"].module).register_forward_pre_hook(hook)
-    model(IDS)
-    handle.remove()
-    form, dense = plan.weights[first.name], seen[0] @ first.weight.T
-    updated = (seen[0] @ form.reference(first.weight).T - dense).norm()
-    masked = (seen[0] @ (first.weight * form.keep).T - dense).norm()
+    x = input_of(model, first.parts["weight"].module)
+    form, dense = plan.weights[first.name], x @ first.weight.T
+    updated = (x @ form.reference(first.weight).T - dense).norm()
+    masked = (x @ (first.weight * form.keep).T - dense).norm()
     assert updated < masked
 
 
@@ -139,20 +133,23 @@ def test_updates_reduce_the_error_of_every_block_family(family, method):
 
 @pytest.mark.parametrize("shape", [(3, 8), (7, 13), (12, 40)], ids=str)
 @pytest.mark.parametrize("given", [False, True], ids=["own mask", "given mask"])
-def test_admm_is_its_iteration(shape, given):
+@pytest.mark.parametrize("asymmetric", [False, True], ids=["symmetric", "asymmetric"])
+def test_admm_is_its_iteration(shape, given, asymmetric):
     weight, hessian = layer(*shape)
     norm = hessian.diagonal().sqrt()
     unit, w0 = hessian / norm / norm[:, None], weight.double() * norm
     one = ADMM(sparsity=0.5, steps=9, gradual=5, rho=0.7, damp=0.05)
     mask = Row().keep(torch.rand(shape, generator=torch.Generator().manual_seed(2)), 0.5) if given else None
-    keep, values = one.update(w0, unit, mask)
+    cross = unit + 0.1 * torch.randn(unit.shape, dtype=unit.dtype) if asymmetric else unit
+    keep, values = one.update(w0, unit, cross, mask)
+    asked = w0 @ (cross + 0.05 * torch.eye(shape[1]))
     h, w, u, k = unit + 0.05 * torch.eye(shape[1]), w0.clone(), torch.zeros_like(w0), mask
     for step in range(1, 10):
         if not given and step <= 5:
             k = Row().keep((w + u).abs(), 0.5 * (step / 5) ** 3)
         z = torch.where(k, w + u, 0)
         u = u + w - z
-        w = torch.linalg.solve(h + 0.7 * torch.eye(shape[1]), h @ w0.T + 0.7 * (z - u).T).T
+        w = torch.linalg.solve(h + 0.7 * torch.eye(shape[1]), asked.T + 0.7 * (z - u).T).T
     expected = torch.where(k, w + u, 0)
     assert torch.equal(keep, k)
     assert torch.allclose(values.double(), expected, rtol=1e-4, atol=1e-5)
@@ -162,11 +159,46 @@ def test_admm_comes_near_least_squares_on_its_mask():
     weight, hessian = layer(6, 24)
     norm = hessian.diagonal().sqrt()
     unit, w0 = hessian / norm / norm[:, None], weight.double() * norm
-    keep, values = ADMM(sparsity=0.5, steps=400, gradual=15, damp=0.0).update(w0, unit)
+    keep, values = ADMM(sparsity=0.5, steps=400, gradual=15, damp=0.0).update(w0, unit, unit)
     for row in range(6):
         on = keep[row]
         best = torch.linalg.solve(unit[on][:, on], (unit @ w0[row])[on])
         assert torch.allclose(values[row, on].double(), best, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_the_cross_moment_is_of_the_dense_and_the_pruned_model_on_the_same_tokens(family, monkeypatch):
+    model, seen = tiny(family), {}
+
+    def spy(self, site, stats):
+        seen[site.name] = stats[CrossMoment] if CrossMoment in tuple(stats) else None
+        return solve(self, site, stats)
+
+    solve = ADMM.solve
+    monkeypatch.setattr(ADMM, "solve", spy)
+    plan = pumice.sparsify(model, ADMM(sparsity=0.5), IDS, resume=False)
+    arch = detect(model)
+    before = {name: form for name, form in plan.weights.items() if arch.sites[name].block == 0}
+    inputs = {"dense": {}, "pruned": {}}
+    for which, weights in (("dense", {}), ("pruned", before)):
+        with replace(plan, weights=weights).applied(model, check=False):
+            for site in arch.blocks[1].of_kind("linear"):
+                if site.expert is None:
+                    x = input_of(model, site.parts["weight"].module)
+                    inputs[which][site.name] = x.reshape(-1, x.shape[-1]).double()
+    for name, dense in inputs["dense"].items():
+        expected = dense.T @ inputs["pruned"][name] / len(dense)
+        assert torch.allclose(seen[name], expected, rtol=1e-3, atol=1e-5), name
+    for site in arch.of_kind("linear"):
+        assert (seen[site.name] is None) == (site.expert is not None), "other tokens reach a routed expert"
+
+
+def input_of(model, module):
+    seen = []
+    handle = model.get_submodule(module).register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))
+    model(IDS)
+    handle.remove()
+    return seen[0]
 
 
 # ---- DSnoT ----------------------------------------------------------------------------------------------------------

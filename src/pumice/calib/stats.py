@@ -70,6 +70,23 @@ class Hessian:
         return self.sum / self.tokens.clamp_min(1)
 
 
+class CrossMoment:
+    """E x̃ xᵀ: the dense model's inputs x̃ against the pruned model's x on the same tokens: [width, width]."""
+
+    paired = True  # fed with both streams
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sum = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, x: Tensor, dense: Tensor) -> None:
+        self.sum += dense.T @ x
+        self.tokens += len(x)
+
+    def value(self) -> Tensor:
+        return self.sum / self.tokens.clamp_min(1)
+
+
 class Moments:
     """Mean and variance of every input column over all tokens: [2, width]."""
 

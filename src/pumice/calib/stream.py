@@ -111,13 +111,13 @@ def _one_block(
     collected: dict[tuple[str, type], Stat] = {}
     outputs = dense = None
     if replays is not None:
-        with collecting(block, sites, needs, collected, lambda: replays.valid):
-            outputs = replays.run(block, "sparse")
+        both = any(getattr(need, "paired", False) for need in needs)
+        with collecting(block, sites, needs, collected, replays):
+            outputs, dense = replays.run_both(block) if both else (replays.run(block, "sparse"), None)
         parallel.reduce_stats(collected, lambda key, width: _stat(collected, needs, key, width, replays.valid.device))
-        dense = outputs
-        if "dense" in replays.streams:
-            same = replays.streams["dense"] is replays.streams["sparse"]
-            dense = outputs if same else replays.run(block, "dense")
+        if dense is None:
+            own = replays.streams.get("dense", replays.streams["sparse"]) is not replays.streams["sparse"]
+            dense = replays.run(block, "dense") if own else outputs
     samples = Samples(block, replays, outputs, dense) if replays is not None else None
     solved = decide(BlockRun(block=block, sites=sites, collected=collected, samples=samples, notes=notes))
     masks = {name: form for name, form in solved.items() if isinstance(form, Mask)}
@@ -167,16 +167,26 @@ class Replays:
         self.groups, self.spill = groups, spill
         self.streams = {"sparse": [calls[0].hidden for _, calls in groups]}
         self.valid = groups[0][0]  # bool [rows, T] of the group that is running
+        self.running = "sparse"  # the stream whose states run
 
     def call(self, block: Block, group: int, hidden: Tensor) -> Call:
         self.valid, calls = self.groups[group]
         return calls[block.index].with_hidden(hidden.to(self.valid.device))
 
     def run(self, block: Block, stream: str) -> list[Tensor]:
-        return [
-            self.spill.keep(hidden_of(self.call(block, group, hidden)(block.module)))
-            for group, hidden in enumerate(self.streams[stream])
-        ]
+        return [self._run(block, group, stream) for group in range(len(self.groups))]
+
+    def run_both(self, block: Block) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs of the sparse and of the dense stream; of each group the dense one runs first."""
+        dense, sparse = [], []
+        for group in range(len(self.groups)):
+            dense.append(self._run(block, group, "dense"))
+            sparse.append(self._run(block, group, "sparse"))
+        return sparse, dense
+
+    def _run(self, block: Block, group: int, stream: str) -> Tensor:
+        self.running = stream
+        return self.spill.keep(hidden_of(self.call(block, group, self.streams[stream][group])(block.module)))
 
     def resume(self, streams: dict[str, list[Tensor]]) -> None:
         for name in self.streams:
@@ -210,17 +220,33 @@ def start(
 
 
 @contextmanager
-def collecting(block: Block, sites: list[Site], needs, collected: dict, valid: Callable[[], Tensor]):
-    """Feed the statistics of every input tensor that the sites read, once per tensor, padding left out."""
-    needs = tuple(needs)
+def collecting(block: Block, sites: list[Site], needs, collected: dict, replays: Replays):
+    """Feed the statistics of every input tensor that the sites read, once per tensor, padding left out.
+
+    Paired statistics get the dense stream's rows of the same tokens too; there are none for routed experts, which other
+    tokens reach in the dense model.
+    """
     experts = [site for site in sites if site.kind == "experts"]
     keys = {site.input for site in sites} | {expert_key(site, e) for site in experts for e in range(site.units)}
 
+    routed = {key for key in keys if "[" in key}
+    dense: dict[str, Tensor] = {}
+
     def add(key: str, rows: Tensor) -> None:
+        if replays.running == "dense":
+            dense[key] = rows
+            return
+        other = dense.pop(key, None)
         for need in needs if len(rows) else ():
+            paired = getattr(need, "paired", False)
+            if paired and key in routed:
+                continue
             if (key, need) not in collected:
                 collected[key, need] = need(rows.shape[-1], rows.device)
-            collected[key, need].add(rows)
+            collected[key, need].add(*((rows, other) if paired else (rows,)))
+
+    def valid() -> Tensor:
+        return replays.valid
 
     with ExitStack() as stack:
         modules = {f"{block.name}.{name}": module for name, module in block.module.named_modules() if name}

@@ -2,6 +2,8 @@
 
 W ← (W₀H + ρ(Z-U)) (H + ρ)⁻¹      Z ← keep_t(W+U)      U ← U + W - Z
 H = XᵀX with the columns of X scaled to norm 1; sparsity after step t of `gradual`: s·(t/gradual)³
+W₀H becomes W₀(αC + (1-α)H) with C = X̃ᵀX, X̃ the dense model's inputs: the matrix makes up for the blocks before it too
+(asymmetric calibration, arXiv:2504.02692).
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pumice.budget import NM, Budget
-from pumice.calib.stats import Hessian, SiteStats
+from pumice.calib.stats import CrossMoment, Hessian, SiteStats
 from pumice.errors import PumiceError
 from pumice.forms import Mask
 from pumice.registry import method
@@ -25,10 +27,20 @@ class ADMM(Budget):
     gradual: int = 15  # steps in which the mask grows to its full sparsity; then it stays
     rho: float = 1.0  # ρ, on a Hessian of unit diagonal
     damp: float = 0.1  # added to the Hessian's unit diagonal
-    needs = (Hessian,)
+    asymmetric: float = 0.5  # α: 0 asks for W₀ on the pruned model's inputs, 1 for what the dense model's matrix gave
+
+    @property
+    def needs(self) -> tuple[type, ...]:
+        return (Hessian, CrossMoment) if self.asymmetric else (Hessian,)
+
+    @property
+    def reference(self) -> str:
+        return "dense" if self.asymmetric else "stream"
 
     def __post_init__(self):
         Budget.__post_init__(self)
+        if not 0 <= self.asymmetric <= 1:
+            raise PumiceError(f"admm.asymmetric is in 0 … 1; got {self.asymmetric}.")
         if not 0 <= self.gradual <= self.steps or not self.rho > 0 or not self.damp >= 0:
             raise PumiceError(
                 f"admm: 0 <= gradual <= steps, rho > 0 and damp >= 0; got gradual={self.gradual}, steps={self.steps}, "
@@ -38,17 +50,24 @@ class ADMM(Budget):
     def solve(self, site: Site, stats: SiteStats) -> Mask:
         norm = stats[Hessian].diagonal().sqrt()
         norm[norm == 0] = 1  # inputs that are always zero: any weight does
-        unit = stats[Hessian] / norm / norm[:, None]
-        given = stats.before
-        keep, values = self.update(site.weight.double() * norm, unit, given and given.keep.to(norm.device))
+        hessian, given = stats[Hessian] / norm / norm[:, None], stats.before
+        if CrossMoment in tuple(stats):
+            cross = self.asymmetric * stats[CrossMoment] / norm / norm[:, None] + (1 - self.asymmetric) * hessian
+        else:  # a routed expert, or asymmetric = 0
+            cross = hessian
+        keep, values = self.update(site.weight.double() * norm, hessian, cross, given and given.keep.to(norm.device))
         return Mask.keeping(keep, given.pattern if given else self.pattern, (values / norm).float())
 
-    def update(self, weight: Tensor, hessian: Tensor, given: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Keep mask and new weights for W [out, in] and H [in, in] of unit diagonal; `given`: a mask that stays."""
+    def update(
+        self, weight: Tensor, hessian: Tensor, cross: Tensor, given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Keep mask and new weights for W [out, in], H [in, in] of unit diagonal and the blend of C and H.
+
+        `given`: a mask that stays.
+        """
         eye = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-        start = weight @ (damped := hessian + self.damp * eye)
-        inverse = torch.linalg.inv(damped + self.rho * eye).float()
-        start, weight = start.float(), weight.float()
+        inverse = torch.linalg.inv(hessian + (self.damp + self.rho) * eye).float()
+        start, weight = (weight @ (cross + self.damp * eye)).float(), weight.float()
         keep = torch.ones_like(weight, dtype=torch.bool) if given is None else given
         dual = torch.zeros_like(weight)
         for step in range(1, self.steps + 1):

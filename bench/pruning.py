@@ -1,0 +1,247 @@
+"""Claim: what each weight-pruning method costs and keeps, on one calibration and one test, in classes never mixed.
+
+    python bench/pruning.py --test FILE --c4 FILE --wikitext FILE [--only TEXT] [--minutes N]     SmolLM2, hours
+    python bench/pruning.py --plot                                                                the picture alone
+
+64 × 512 calibration tokens, of C4 (the headline) or of WikiText-2 train (in-domain, the ablation); scored on 64
+windows of 512 and 16 of 2,048 of WikiText-2 test. Every run is a process of its own, whose peak memory it reports, and
+is added to `results/pruning.json` when it ends: a killed bench goes on with the next run, and `--minutes` stops
+beginning new ones. Ratios to dense and to Wanda carry a paired bootstrap over windows.
+
+Expected: BESA by rows < BESA by matrices < Wanda < magnitude among masks; ADMM < SparseGPT among weight updates, block
+reconstruction on top of ADMM lowest; every gap wider at 70 % than at 30 %.
+
+Beside every figure: the weights of SmolLM2 were once rounded to about 4 bits, so magnitudes tie in most rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+import pumice
+from pumice.calib.data import tokens
+from pumice.disk import write
+from pumice.eval.perplexity import combine, paired_ratio, perplexity
+from pumice.report.rows import machine
+
+RESULTS = Path(__file__).parent / "results"
+TABLE = RESULTS / "pruning.json"
+MASK, UPDATE, TRAINED = "mask only", "mask + weight update", "+ training"
+TESTS = {"64x512": (512, 64), "16x2048": (2048, 16)}
+SPARSITIES = [0.5, "2:4", 0.7, 0.6, 0.3]  # what is missing after an interruption is the least asked for
+
+METHODS: list[tuple[str, str, list[dict]]] = [
+    (MASK, "magnitude", [{"method": "magnitude"}]),
+    (MASK, "wanda", [{"method": "wanda"}]),
+    (UPDATE, "sparsegpt", [{"method": "sparsegpt"}]),
+    (UPDATE, "admm", [{"method": "admm"}]),
+    (MASK, "wanda+dsnot", [{"method": "wanda"}, {"method": "dsnot"}]),
+    (MASK, "wanda, owl", [{"method": "wanda", "allocation": "owl"}]),
+    (MASK, "wanda, sensitivity", [{"method": "wanda", "allocation": "sensitivity"}]),
+    (UPDATE, "isc, sensitivity", [{"method": "isc", "allocation": "sensitivity"}]),
+    (MASK, "besa, matrices", [{"method": "besa", "granularity": "layer", "epochs": 1}]),
+    (MASK, "besa, rows", [{"method": "besa", "granularity": "row", "epochs": 1}]),
+    (UPDATE, "admm+reconstruct", [{"method": "admm"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
+    (UPDATE, "wanda+reconstruct", [{"method": "wanda"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
+    (MASK, "wanda, evopress", [{"method": "wanda", "allocation": "evopress"}]),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One line of the table."""
+
+    kind: str  # the class that it is ranked in
+    name: str
+    sparsity: float | str  # a fraction, or an N:M pattern
+    calibration: str  # c4 or wikitext
+    seed: int
+    recipe: list[dict]
+    model: str = "smollm2"
+
+    @property
+    def key(self) -> str:
+        return f"{self.model} | {self.name} | {self.sparsity} | {self.calibration} | seed {self.seed}"
+
+
+def runs() -> list[Run]:
+    """Every run of the table, the headline first."""
+    found = []
+    for sparsity in SPARSITIES:
+        for calibration in ("c4", "wikitext"):
+            found += [Run(kind, name, sparsity, calibration, 0, _at(recipe, sparsity))
+                      for kind, name, recipe in METHODS if not (isinstance(sparsity, str) and _unstructured(recipe))
+                      and not (name == "magnitude" and calibration != "c4")]  # fmt: skip
+        if sparsity == 0.5:
+            found += [Run(kind, name, 0.5, "c4", seed, _at(recipe, 0.5, seed))
+                      for seed in (1, 2) for kind, name, recipe in METHODS if name != "magnitude"]  # fmt: skip
+    return found
+
+
+def _unstructured(recipe: list[dict]) -> bool:
+    """Methods that decide how sparse each row or matrix is have no N:M form."""
+    return any(entry["method"] == "besa" or "allocation" in entry for entry in recipe)
+
+
+def _at(recipe: list[dict], sparsity: float | str, seed: int = 0) -> list[dict]:
+    first = {"pattern": sparsity} if isinstance(sparsity, str) else {"sparsity": sparsity}
+    seeded = [{**entry, "seed": seed} if entry["method"] in ("besa", "reconstruct") else entry for entry in recipe]
+    return [{**seeded[0], **first}, *seeded[1:]]
+
+
+def one(run: Run, options: argparse.Namespace) -> dict:
+    """Prune, then score; the peak memory is that of pruning."""
+    model, tokenizer = pumice.load(run.model)
+    source = getattr(options, run.calibration)
+    text = tokens(f"file:{source}", tokenizer, windows=64, window=512, seed=run.seed)
+    resident = _peak()
+    start = time.perf_counter()
+    plan = pumice.sparsify(model, run.recipe, text, check=False)
+    minutes = (time.perf_counter() - start) / 60
+    row = asdict(run) | {"achieved": plan.sparsity(), "minutes": round(minutes, 2), "peak_GB": round(_peak(), 2)}
+    row |= {"resident_GB": round(resident, 2), "notes": plan.measurements.get("notes", [])}
+    with plan.applied(model):
+        return row | {"losses": scores(model, tokenizer, options.test)}
+
+
+def scores(model, tokenizer, file: str) -> dict[str, list[float]]:
+    """Mean NLL of every test window."""
+    found = {}
+    for name, (window, count) in TESTS.items():
+        windows = tokens(f"file:{file}", tokenizer, window=window, windows=count, order="sequential", split="test")
+        found[name] = [round(loss, 6) for loss in perplexity(model, windows).losses]
+    return found
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def read() -> dict:
+    return json.loads(TABLE.read_text()) if TABLE.exists() else {"dense": {}, "rows": {}}
+
+
+def finished(data: dict) -> dict:
+    """The table with perplexities, their errors and the ratios, all from the windows' losses."""
+    for test, (window, _) in TESTS.items():
+        data[f"perplexity_{test}"] = round(_scored(data["dense"][test], window).perplexity, 3)
+    for row in data["rows"].values():
+        for test, (window, count) in TESTS.items():
+            mine = _scored(row["losses"][test], window)
+            row[f"perplexity_{test}"], row[f"error_{test}"] = round(mine.perplexity, 3), round(mine.standard_error, 3)
+            against = {"dense": data["dense"], "wanda": data["rows"].get(_wanda(row), {}).get("losses", {})}
+            for name, losses in against.items():
+                if test in losses and len(losses[test]) == count:
+                    ratio = paired_ratio(mine, _scored(losses[test], window))
+                    row[f"ratio_to_{name}_{test}"] = [round(part, 4) for part in ratio]
+    return data
+
+
+def _wanda(row: dict) -> str:
+    return Run("", "wanda", row["sparsity"], row["calibration"], row["seed"], [], row["model"]).key
+
+
+def _scored(losses: list[float], window: int):
+    return combine(losses, (window - 1) * len(losses), {})
+
+
+def table(data: dict) -> str:
+    """Markdown, one ranking for each class, sparsity and calibration."""
+    lines = []
+    groups: dict[tuple, list[dict]] = {}
+    for row in data["rows"].values():
+        groups.setdefault((str(row["sparsity"]), row["calibration"], row["kind"]), []).append(row)
+    for (sparsity, calibration, kind), rows in sorted(groups.items()):
+        lines += [f"\n**{kind}**, {sparsity}, calibrated on {calibration}\n"]
+        lines += [
+            "| method | seed | 64×512 | ×Wanda [95 %] | 16×2048 | minutes | peak GB |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for row in sorted(rows, key=lambda row: row["perplexity_64x512"]):
+            ratio = row.get("ratio_to_wanda_64x512")
+            against = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]" if ratio else ""
+            cells = [row["name"], row["seed"], f"{row['perplexity_64x512']:.2f} ± {row['error_64x512']:.2f}", against,
+                     f"{row['perplexity_16x2048']:.2f}", f"{row['minutes']:.1f}", f"{row['peak_GB']:.1f}"]  # fmt: skip
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def plot(data: dict) -> None:
+    """Perplexity over sparsity, a panel for each class, C4 calibration, seed 0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in data["rows"].values() if row["calibration"] == "c4" and row["seed"] == 0]
+    rows = [row for row in rows if isinstance(row["sparsity"], float)]
+    kinds = [kind for kind in (MASK, UPDATE, TRAINED) if any(row["kind"] == kind for row in rows)]
+    figure, panels = pyplot.subplots(1, len(kinds), figsize=(5.2 * len(kinds), 4.2), sharey=True, squeeze=False)
+    dense = _scored(data["dense"]["64x512"], 512).perplexity
+    for panel, kind in zip(panels[0], kinds, strict=True):
+        for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == kind):
+            mine = sorted((row["sparsity"], row["perplexity_64x512"]) for row in rows if row["name"] == name)
+            panel.plot(*zip(*mine, strict=True), marker="o", label=name)
+        panel.axhline(dense, color="grey", linestyle=":", label=f"dense {dense:.1f}")
+        panel.set(title=kind, xlabel="sparsity of the decoder's matrices", yscale="log")
+        panel.legend(fontsize=8)
+    panels[0][0].set_ylabel("perplexity, WikiText-2 test, 64 windows of 512")
+    figure.suptitle("SmolLM2-135M, 64 × 512 calibration tokens of C4")
+    figure.tight_layout()
+    figure.savefig(RESULTS / "pruning.svg")
+
+
+def child(run: Run) -> dict | None:
+    """The run in a process of its own: its peak memory is then its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--one", json.dumps(asdict(run))]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--test", help="raw WikiText-2 test text")
+    parser.add_argument("--c4", help="C4 text: a .jsonl (PATH#field) or text file")
+    parser.add_argument("--wikitext", help="WikiText-2 train text")
+    parser.add_argument("--only", default="", help="runs whose key holds this: `0.5 | c4`")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
+    parser.add_argument("--plot", action="store_true", help="only make the table and the picture anew")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(Run(**json.loads(options.one)), options)))
+        return
+    data, began = read(), time.monotonic()
+    if not options.plot:
+        if not data["dense"]:
+            data["dense"] = scores(*pumice.load("smollm2"), options.test)
+        wanted = [run for run in runs() if options.only in run.key and run.key not in data["rows"]]
+        for number, run in enumerate(wanted, 1):
+            if time.monotonic() - began > 60 * options.minutes:
+                print(f"{len(wanted) - number + 1} runs are left; the same command goes on with them.")
+                break
+            print(f"[{number}/{len(wanted)}] {run.key}", flush=True)
+            row = child(run)
+            if row is None:
+                print(f"  failed: {run.key}", flush=True)
+                continue
+            data = read() | {"dense": data["dense"], "machine": machine(), "torch_threads": torch.get_num_threads()}
+            data["rows"][run.key] = row
+            text = json.dumps(finished(data), indent=1, ensure_ascii=False) + "\n"
+            write(TABLE, lambda path, text=text: path.write_text(text))
+            print(f"  {row['perplexity_64x512']} in {row['minutes']} min, {row['peak_GB']} GB", flush=True)
+    print(table(finished(data)))
+    plot(data)
+
+
+if __name__ == "__main__":
+    main()
