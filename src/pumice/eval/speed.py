@@ -1,7 +1,8 @@
 """Speed: dense and sparse in turn on this machine, medians, and the bytes that bound them.
 
 Decoding reads every weight once a token, so bytes over bandwidth is the bound; `effective bytes` counts what is really
-read: gathered matrices at their size, zeros in dense storage in full, the LM head, one row of an embedding table.
+read: gathered and packed matrices at their size, zeros in dense storage in full, the LM head, one row of an embedding
+table.
 """
 
 from __future__ import annotations
@@ -111,9 +112,10 @@ def decode_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def _gathered(model: nn.Module) -> dict[str, int]:
-    """Bytes of the smaller matrix and bias that stand in for each parameter."""
+    """Bytes of what stands in for each parameter: packed weights, or a smaller matrix and bias."""
     runtime = getattr(model, "pumice", None)
-    sizes: dict[str, int] = {}
+    packed = runtime.packed.items() if runtime is not None else ()
+    sizes = {name: forward.product.bytes for name, forward in packed if forward.ran}
     for module, gathered in runtime.stand_ins().items() if runtime is not None else ():
         sizes[f"{module}.weight"] = Store(gathered.weight).bytes
         if gathered.bias is not None:

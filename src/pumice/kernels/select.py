@@ -7,7 +7,8 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,10 @@ import torch.nn.functional as F
 
 from pumice.disk import cache_dir, write
 from pumice.errors import PumiceError
+from pumice.kernels.cpu.library import VERSION
+from pumice.kernels.ops import Product
+from pumice.kernels.pack import pack
+from pumice.store import Store
 
 SPREAD = 96 << 20  # bytes that the timed matrices cover together, so that no cache holds them between two calls
 
@@ -26,6 +31,17 @@ def gather_pays(d: int, units: int, kept: int, matrices: int, rows: int, dtype: 
         return False
     key = f"gather/{_machine(device)}/{dtype}/{d}x{units}:{kept}x{matrices}/rows{rows}"
     return measured(key, lambda: _time_gather(d, units, kept, matrices, rows, dtype, device))["speedup"] > 1.0
+
+
+@cache
+def packed_pays(out: int, columns: int, percent: int, rows: int, kind: str, transposed: bool = False) -> bool:
+    """Whether a packed matrix with about `percent` % of its weights runs faster than the dense one, in the same kind.
+
+    `transposed`: the dense one is stored [in, out].
+    """
+    layout = "T" if transposed else ""
+    key = f"packed{VERSION}/{_machine('cpu')}/{kind}/{out}x{columns}{layout}:{percent}%/rows{rows}"
+    return measured(key, lambda: _time_packed(out, columns, percent, rows, kind, transposed))["speedup"] > 1.0
 
 
 def measured(key: str, measure: Callable[[], dict]) -> dict:
@@ -70,6 +86,32 @@ def _ffn(d: int, units: int, matrices: int, rows: int, dtype, device) -> Callabl
 
     run()
     return run
+
+
+def _time_packed(out, columns, percent, rows, kind, transposed) -> dict:
+    weight = torch.randn(columns, out).T if transposed else torch.randn(out, columns)
+    keep = torch.rand(out, columns) * 100 < percent
+    store, packed = Store.rounded(weight, kind), pack(weight, keep, kind)
+    copies = max(2, min(64, SPREAD // store.bytes))
+    dense = [_dense(replace(store, tensor=store.tensor.clone())) for _ in range(copies)]
+    sparse = [Product(replace(packed, values=packed.values.clone(), bits=packed.bits.clone())) for _ in range(copies)]
+    x = torch.randn(rows, columns, dtype=store.tensor.dtype if store.scales is None else torch.float32)
+    with torch.no_grad():
+        times = [(_seconds(dense, x), _seconds(sparse, x)) for _ in range(20)]
+    dense_s, packed_s = (min(column) for column in zip(*times, strict=True))
+    return {"dense_us": dense_s * 1e6, "packed_us": packed_s * 1e6, "speedup": dense_s / packed_s}
+
+
+def _dense(store: Store) -> Callable[[torch.Tensor], torch.Tensor]:
+    return partial(F.linear, weight=store.tensor) if store.scales is None else Product(store)
+
+
+def _seconds(products: list[Callable], x: torch.Tensor) -> float:
+    """Of one product, in a round over all."""
+    start = time.perf_counter()
+    for product in products:
+        product(x)
+    return (time.perf_counter() - start) / len(products)
 
 
 @cache

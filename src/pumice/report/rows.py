@@ -31,6 +31,7 @@ class Row:
     perplexity: Perplexity | None = None
     dense_perplexity: float | None = None  # of the same positions
     ran: str = "dense"  # how its decoding ran
+    why: str = ""  # why masks were read as dense
     text: str = ""
 
     def summary(self) -> dict:
@@ -61,6 +62,7 @@ def measure_rows(
     twins = {name: attach(model, plan, exec=exec) for name, plan in plans.items()}
     speeds = compare({"dense": model, **twins}, prompt_ids, new=new, repeats=repeats)
     ran = {name: how(twin) for name, twin in twins.items()}  # before a perplexity's prompts free what was gathered
+    why = {name: why_dense(twin) for name, twin in twins.items()}
 
     def score(runner: nn.Module, prompt: int | None, title: str) -> Perplexity | None:
         return None if windows is None else perplexity(runner, windows, prompt=prompt, title=f"perplexity: {title}")
@@ -86,6 +88,7 @@ def measure_rows(
                 perplexity=score(twin, prompts[name], name),
                 dense_perplexity=base.perplexity if base else None,
                 ran=ran[name],
+                why=why[name],
                 text=complete(twin) if complete else "",
             )
         )
@@ -102,13 +105,35 @@ def budget_of(plan: Plan) -> str:
 
 
 def how(twin: nn.Module) -> str:
-    """How a plan ran last: gathered (smaller dense matrices), masked (dense work, then zeros), or dense storage."""
-    selections = twin.pumice.selections.values()
+    """How a plan ran last.
+
+    gathered (smaller dense matrices), masked (dense work, then zeros), packed (a Mask's kept weights), dense storage.
+    """
+    selections, packed = twin.pumice.selections.values(), _packed(twin)
     if not selections:
         smaller = twin.pumice.slim or twin.pumice.plan.base.get("slimmed")
-        return "a smaller dense model" if smaller or slims_of(twin.pumice.plan) else "dense storage"
+        if smaller or slims_of(twin.pumice.plan):
+            return "a smaller dense model"
+        return packed or "dense storage"
     if twin.pumice.exec == "reference":
         return "reference"
+    return ", ".join(filter(None, (_selected(selections), packed)))
+
+
+def _packed(twin: nn.Module) -> str:
+    """Of masks that were run: packed where all were, partly packed where some."""
+    runtime = twin.pumice
+    ran = sum(forward.ran for forward in runtime.packed.values())
+    return "" if not ran else "packed" if ran == len(runtime.packed) + len(runtime.dense) else "partly packed"
+
+
+def why_dense(twin: nn.Module) -> str:
+    """The commonest reason why masked matrices have no packed form."""
+    reasons = list(twin.pumice.dense.values())
+    return max(reasons, key=reasons.count, default="")
+
+
+def _selected(selections) -> str:
     gathered = sum(bool(selection.gathered) for selection in selections)
     if not gathered:
         return "masked" if any(selection.timed for selection in selections) else "masked, no gathered form"

@@ -61,6 +61,13 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"{_list(masks)}: no speed. The zeros of a Mask lie in dense storage and are read like any number; "
             "bytes per token are those of dense."
         )
+        lines += [f"{row.name}: {row.why}." for row in masks if row.why]
+    packed = [row for row in rows if row.ran in ("packed", "partly packed") and (row.speedup or 2) < 1.05]
+    if packed:
+        lines.append(
+            f"{_list(packed)}: no speed to speak of. Each packed matrix was timed faster than its dense one, but what "
+            "they save is spent around them, or lost in noise."
+        )
     formless = [row for row in rows if row.ran == "masked, no gathered form"]
     if formless:
         lines.append(

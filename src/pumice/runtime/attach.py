@@ -20,6 +20,7 @@ from pumice.forms import Mask, Select, Slim, Static, Uniform
 from pumice.plan import Plan, fingerprint_model, slims_of
 from pumice.runtime.live import Exec, Runtime, generate
 from pumice.runtime.modules import Selection, splice_experts, splice_select
+from pumice.runtime.packed import install_packed, is_packed, unpack
 from pumice.runtime.slim import install_slims
 from pumice.runtime.state import NAMES
 from pumice.runtime.tree import copy_tree, exchange, tables
@@ -34,6 +35,7 @@ def attach(model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measur
     if check:
         check_base(model, plan)
     twin = copy_tree(model)
+    unpack(twin)
     _install(twin, Runtime(plan=plan, arch=arch, exec=exec, kernels=kernels))
     return twin
 
@@ -52,6 +54,7 @@ def applied(
     ours = {name: model.__dict__[name] for name in ("generate", "pumice") if name in model.__dict__}
     runtime = Runtime(plan=plan, arch=arch, exec=exec, kernels=kernels)
     try:
+        unpack(model)
         _install(model, runtime)
         yield runtime
     finally:
@@ -69,6 +72,9 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
     masks = {name: form for name, form in plan.weights.items() if isinstance(form, Mask)}
     write_masks(model, {name: sites[name] for name in masks}, masks)
     runtime.slim |= install_slims(model, sites, slims_of(plan))
+    if runtime.fast:
+        always = runtime.kernels == "always"
+        runtime.packed, runtime.dense = install_packed(model, sites, masks, always, lambda: runtime.counting)
     fused: dict[str, dict[str, Selection]] = {}
     for name, form in plan.select.items():
         site = sites[name]
@@ -111,7 +117,7 @@ def check_unspliced(model: nn.Module) -> None:
             "the model already runs a plan that selects or removes units. Start from the model without it; two plans "
             "are joined by `plan.merge(other)`."
         )
-    hooked = next((name for name, module in model.named_modules() if "forward" in vars(module)), None)
+    hooked = next((name for name, m in model.named_modules() if "forward" in vars(m) and not is_packed(m)), None)
     if hooked is not None:
         raise PumiceError(
             f"{hooked or 'the model'} has a forward of its own in place of its class's (accelerate's hooks of a "

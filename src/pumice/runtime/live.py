@@ -19,6 +19,7 @@ from pumice.forms import Slim
 from pumice.kernels.gather import Gathered
 from pumice.plan import Plan
 from pumice.runtime.modules import Selection
+from pumice.runtime.packed import PackedForward
 from pumice.runtime.state import State, cache_given, cache_in, follow, past_length, state_of
 from pumice.runtime.step import Step, make_step
 
@@ -40,6 +41,8 @@ class Runtime:
     prompt_mask: Tensor | None = None  # [B, P], of a generate call whose forwards see no 2-D mask
     selections: dict[str, Selection] = field(default_factory=dict)
     slim: dict[str, Gathered] = field(default_factory=dict)  # matrices of FFNs that have only some neurons, by module
+    packed: dict[str, PackedForward] = field(default_factory=dict)  # masked matrices with a packed form, by parameter
+    dense: dict[str, str] = field(default_factory=dict)  # masked sites that have none, and why
     key: int = field(default_factory=lambda: next(_keys))  # under which a cache holds this runtime's state
     arguments: tuple[str, ...] = ()  # of the model's forward
 

@@ -37,8 +37,8 @@ def library() -> ctypes.CDLL:
     file = _file()
     if file is None:
         raise PumiceError(
-            "the CPU kernels were not built, since no working C++ compiler was found when pumice was installed. Install one "
-            "(g++ or clang) and install pumice again."
+            "the CPU kernels were not built, since no working C++ compiler was found when pumice was installed. "
+            "Install one (g++ or clang) and install pumice again."
         )
     try:
         loaded = ctypes.CDLL(str(file))

@@ -44,8 +44,8 @@ void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, i
             const int64_t end = (g + 1) * GROUP < m.in ? (g + 1) * GROUP : m.in;
             float part[MAX_ROWS] = {};
             for (int64_t j = g * GROUP; j < end; ++j) {
-                if (bits && !(bits[j >> 3] >> (j & 7) & 1)) continue;
-                const float w = value(m, at++);
+                const bool stored = !bits || (bits[j >> 3] >> (j & 7) & 1);
+                const float w = stored ? value(m, at++) : 0.0f;  // multiplied too: 0·∞ is NaN here as in dense
                 for (int r = 0; r < n; ++r) part[r] += w * x[r * width + j];
             }
             for (int r = 0; r < n; ++r) sum[r] += scale * part[r];
