@@ -4,8 +4,8 @@
     fisher     s_j = mean_windows (Σ_t a_tj·∂ℓ/∂a_tj)²
     magnitude  s_j = ‖gate_j‖·‖up_j‖·‖down_j‖
 
-A KV group is scored over the columns of `o` that it feeds. The score is Wanda's (arXiv:2306.11695) summed over a unit's
-weights, as in FLAP (arXiv:2312.11983); Fisher as in Kwon et al. (arXiv:2204.09656).
+A KV group is scored over the columns of `o` that it feeds. Wanda's score (arXiv:2306.11695) over a unit's columns;
+diagonal Fisher information as of arXiv:2204.09656.
 """
 
 from __future__ import annotations
