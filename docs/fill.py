@@ -23,6 +23,8 @@ SCRIPTS = {
     "griffin": "`bench/griffin_speed.py` and `bench/prompt_level.py`",
     "static_topk": "`bench/prompt_level.py`",
     "glass": "`bench/prompt_level.py`",
+    "width": "`pumice sparsify smollm2 --method width --out DIR`, in its table",
+    "reap": "`pumice sparsify MODEL --method reap --out DIR`, in its table",
     "wanda": "`bench/larger_than_memory.py` and `bench/pruning.py`",
 }
 
