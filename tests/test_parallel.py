@@ -40,6 +40,7 @@ def together(work, folder, world=2):
             torch.set_num_threads(1)
             store = f"file://{folder}/rendezvous-{os.getppid()}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+            dist.barrier()
             results.put((rank, work(rank)))
         except Exception as error:
             known = isinstance(error, PumiceError)
