@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pumice.errors import PumiceError
-from pumice.store import GROUP, Kind, Store, from_nibbles, nibbles
+from pumice.store import DTYPES, GROUP, Kind, Store, from_nibbles, nibbles
 
 SPARE = 8  # values behind the last, so that a kernel's load of eight stays inside the memory
 
@@ -55,7 +55,9 @@ class Packed:
 def pack(weight: Tensor | Store, keep: Tensor, kind: Kind | None = None) -> Packed:
     """Pack a matrix [out, in], of which bool `keep` [out, in] is left; a tensor is rounded to `kind`, a Store taken."""
     if isinstance(weight, Tensor):
-        weight = Store.rounded(weight.detach().masked_fill(~keep, 0), kind or Store(weight).kind)
+        kind = kind or Store(weight).kind
+        # what is dropped takes no part in the scales of codes; dense numbers have none, and need no copy with zeros
+        weight = Store.rounded(weight if kind in DTYPES else weight.detach().masked_fill(~keep, 0), kind)
     if weight.group != GROUP:
         raise PumiceError(f"the kernels know groups of {GROUP} columns; this storage has groups of {weight.group}.")
     counts = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
