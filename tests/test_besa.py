@@ -8,6 +8,7 @@ from pumice.budget import removed
 from pumice.calib.clip import Clip
 from pumice.calib.soft_mask import SoftMask, candidates, logits_of
 from pumice.errors import PumiceError
+from pumice.methods.static.admm import ADMM
 from pumice.methods.static.besa import BESA
 from tiny import FAMILIES, tiny
 
@@ -120,3 +121,15 @@ def test_senseless_settings_are_refused():
     for wrong in ({"bits": 3}, {"pattern": "2:4"}, {"allocation": "uniform", "lr": 0.0}, {"epochs": -1}):
         with pytest.raises(PumiceError, match="besa"):
             BESA(**wrong)
+
+
+def test_as_an_allocation_it_gives_its_shares_to_another_method():
+    model = tiny("llama")
+    besa = pumice.sparsify(model, BESA(granularity="layer", epochs=2, lr=0.2), IDS, resume=False)
+    for resume in (False, True):
+        admm = pumice.sparsify(model, ADMM(allocation="besa(epochs=2, lr=0.2)"), IDS, resume=resume)
+        assert sum(form.removed for form in admm.weights.values()) == sum(
+            form.removed for form in besa.weights.values()
+        )
+        for name, form in besa.weights.items():
+            assert abs(admm.weights[name].removed - form.removed) <= 1

@@ -332,3 +332,13 @@ def test_a_streamed_folder_is_the_plan_made_in_memory(tmp_path):
     loaded = Plan.load(tmp_path / "out")
     assert loaded.fits == {loaded.base["applied"]}
     loaded.attach(type(model).from_pretrained(tmp_path / "out"))
+
+
+def test_a_refiner_keeps_to_its_own_where():
+    model = tiny("llama")
+    recipe = [{"method": "wanda"}, {"method": "dsnot", "where": "*mlp*"}]
+    wanda, both = (pumice.sparsify(model, what, IDS, resume=False) for what in (recipe[:1], recipe))
+    changed = {name for name, form in wanda.weights.items() if not torch.equal(form.bits, both.weights[name].bits)}
+    assert {name for name in changed if "layers.0" in name and "mlp" not in name} == set() != changed
+    some = [{"method": "wanda", "where": "*mlp*"}, {"method": "dsnot"}]
+    assert all("mlp" in name for name in pumice.sparsify(model, some, IDS, resume=False).weights)

@@ -96,7 +96,7 @@ def sparsify(
                 data, tokenizer or _tokenizer(model, data), windows=windows, window=window, seed=seed, bos=bos
             )
         weights_so_far = replace(plan, select={})
-        with applied(model, weights_so_far, check=False) if plan.weights else nullcontext():
+        with applied(model, weights_so_far, exec="reference", check=False) if plan.weights else nullcontext():
             journals = _Journals(model, chain, text, base, plan.recipe, after, on=resume and needs_text(chain))
             settings = {"journals": journals, "spill": Spill(memory), "after": after, "check": check}
             plan = plan.merge(_solve(model, chain, text, Resident(model), base, **settings))
@@ -208,6 +208,8 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
         verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
     work = Work(model=model, arch=arch, windows=text, source=source, sites=sites, journals=journals, spill=spill)
     budgets = [_budget(work, one) for one in chain]
+    mine = {site.name for site in sites}
+    theirs = [mine & {site.name for site in matching(arch, one)} for one in chain]
     ready = [one.prepare(work) if hasattr(one, "prepare") else one for one in chain]
 
     def decide(run: BlockRun) -> dict[str, Form]:
@@ -215,7 +217,8 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
             _check_finite(site)
         if after is not None:
             run.before = {site.name: after.weights[site.name] for site in run.sites if site.name in after.weights}
-        for one, run.budget in zip(ready, budgets, strict=True):
+        for one, run.budget, names in zip(ready, budgets, theirs, strict=True):
+            run.sites = [site for site in run.block.sites if site.name in names]
             run.before = {**run.before, **_decide(one, run)}
         return run.before
 
@@ -318,7 +321,19 @@ def _identity(text: Windows | None) -> tuple | None:
 
 
 def choose_sites(arch: Arch, method: Any) -> list[Site]:
-    """The sites that a method decides: of its kinds, and matching its `where`; parts of the model left out are said."""
+    """The sites that a method decides; parts of the model that are left out are said."""
+    sites = matching(arch, method)
+    reasons: dict[str, list[str]] = {}
+    for part, reason in arch.refused.items():
+        reasons.setdefault(reason, []).append(part)
+    for reason, parts in reasons.items():
+        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        warnings.warn(f"{parts[0]}{more} left as they are: {reason}", stacklevel=3)
+    return sites
+
+
+def matching(arch: Arch, method: Any) -> list[Site]:
+    """The sites of a method's kinds whose names its `where` matches; none is an error."""
     where = method.where
     try:
         match = re.compile(where[3:]).search if where.startswith("re:") else lambda n: fnmatch.fnmatch(n, where)
@@ -331,12 +346,6 @@ def choose_sites(arch: Arch, method: Any) -> list[Site]:
         some = f" Some that it has: {', '.join(site.name for site in kind[:3])}." if kind else ""
         why = next((f" {part}: {reason}" for block in arch.blocks for part, reason in block.refused.items()), "")
         raise PumiceError(f"{method.name} decides sites of kind {kinds}; none matches where={where!r}.{some}{why}")
-    reasons: dict[str, list[str]] = {}
-    for part, reason in arch.refused.items():
-        reasons.setdefault(reason, []).append(part)
-    for reason, parts in reasons.items():
-        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
-        warnings.warn(f"{parts[0]}{more} left as they are: {reason}", stacklevel=3)
     return sites
 
 
@@ -373,5 +382,5 @@ def _check_finite(site: Site) -> None:
 
 def _with_applied(model: nn.Module, plan: Plan) -> Plan:
     """The plan with the fingerprint of the weights that its masks make, so that a saved folder is recognised too."""
-    with applied(model, replace(plan, select={}), check=False):
+    with applied(model, replace(plan, select={}), exec="reference", check=False):
         return replace(plan, base={**plan.base, "applied": fingerprint_model(model)})
