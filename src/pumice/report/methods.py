@@ -85,6 +85,7 @@ def table() -> Table:
 VALUES = {
     "sparsity": "the fraction removed, 0 … 1",
     "pattern": "`row`, `free`, or `N:M` with N kept of M",
+    "allocation": "`uniform`, or how matrices [share the budget](../allocations.md)",
     "where": "a glob over names of sites, or `re:` and a regular expression",
 }
 KINDS = {float: "a number", int: "a whole number", bool: "`true` or `false`", str: "text"}
