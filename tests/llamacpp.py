@@ -1,27 +1,26 @@
-"""llama.cpp in a process of its own: what it makes of a GGUF's text, and the log-probabilities it gives. For tests."""
+"""llama.cpp in a process of its own: what it makes of texts, and the log-probabilities it gives. For tests."""
 
 import json
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 
-def ask(path: Path, prompts: list[list[int]], texts: list[str] = (), *, new: int = 1, best: int = 20) -> dict:
-    """Greedy tokens and top log-probabilities after each prompt, and the token numbers of each text."""
-    settings = {"path": str(path), "prompts": prompts, "texts": list(texts), "new": new, "best": best}
-    command = [sys.executable, __file__, json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+def ask(jobs: list[dict]) -> list[dict]:
+    """For each job (path, prompts of token numbers, texts; new, best): greedy tokens and the best log-probabilities
+    after each prompt, and the token numbers of each text."""
+    done = subprocess.run([sys.executable, __file__, json.dumps(jobs)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _main(path: str, prompts: list, texts: list, new: int, best: int) -> dict:
+def _answer(path: str, prompts: list, texts: list = (), new: int = 1, best: int = 20) -> dict:
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = path, 256, 1, False
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+    # fp32 all the way, so that a wrong setting of the model cannot hide behind the rounding of a cache
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(params)
@@ -42,4 +41,4 @@ def _tokenized(address: str, text: str) -> list[int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_main(**json.loads(sys.argv[1]))))
+    print(json.dumps([_answer(**job) for job in json.loads(sys.argv[1])]))
