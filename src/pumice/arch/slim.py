@@ -91,7 +91,8 @@ def smaller_config(model: nn.Module, sites: Mapping[str, Site], slims: Mapping[s
             config = _changed(model.config, settings)
             shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(skeleton_of(model, config))}
         except Exception as error:  # a family's own code refuses these settings in its own way
-            tried.append(f"{_said(settings)}: {error}")
+            said = str(error).strip().splitlines() or [type(error).__name__]
+            tried.append(f"{_said(settings)}: {said[-1].strip().removeprefix('ValueError: ').rstrip('.')}")
             continue
         wrong = next((name for name in expected if shapes.get(name) != expected[name]), None)
         if wrong is None and shapes.keys() == expected.keys():

@@ -79,7 +79,8 @@ def _zeros(loaded, arch, plan) -> dict:
     from pumice.plan import fingerprint_model
 
     found = fingerprint_model(loaded.model)
-    names = {plan.base.get("fingerprint"): "base", plan.base.get("applied"): "pruned"}
+    known = {"applied": "pruned", "fingerprint": "base", "slimmed": "smaller"}
+    names = {plan.base.get(key): said for key, said in known.items()}
     rows = count(arch, plan) if loaded.folder == loaded.plan else []  # beside its base's weights a plan has no zeros
     return {
         "weights": names.get(found, "other"),
@@ -121,6 +122,8 @@ def _print_inspection(data: dict, every_site: bool) -> None:
         page.print(f"{data['masked_matrices']} masks, saved without weights: they are written when the model runs.")
     if data["sites_not_in_the_model"]:
         page.print(f"not in this model: {', '.join(data['sites_not_in_the_model'][:5])}. The plan is of another model.")
+    if data["weights"] == "smaller":
+        page.print("a plain smaller model: its weights are without the removed units, and the plan says which stayed")
     if data["weights"] == "other":
         page.print(
             f"the weights here are others ({data['fingerprint']}): changed or fine-tuned since the plan was made."

@@ -100,7 +100,7 @@ def budget_of(plan: Plan) -> str:
     if plan.weights and plan.select:
         return "masked weights, then neurons"
     if slims_of(plan):
-        return "weights of the FFN, attention or experts that lost units"
+        return "weights of the parts that lost units"
     return "weights of the pruned matrices" if plan.weights else "FFN neurons, per generated token"
 
 
