@@ -226,6 +226,7 @@ def test_methods_and_doctor():
     names = [card["name"] for card in pumice("methods", "--json").json["methods"]]
     assert METHODS.keys() <= set(names)
     found = pumice("doctor", "--json").json
+    assert found["cpu_kernels"].startswith(("avx2", "portable", "absent ("))
     assert found["pumice"] and isinstance(found["extras"]["llamacpp"], bool) and found["disk_free_GB"] > 0
 
 
