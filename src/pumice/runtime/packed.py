@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +119,7 @@ def _packed(model, site: Site, mask: Mask, always: bool, counting) -> PackedForw
     except PumiceError as error:
         raise _Dense(str(error)) from error
     kept = 1 - mask.sparsity
-    pays = partial(_pays, *matrix.shape, round(20 * kept) * 5, kind, view.transposed)
+    pays = cache(partial(_pays, *matrix.shape, round(20 * kept) * 5, kind, view.transposed))
     if not always and (matrix.numel() < SMALLEST or not pays(1)):
         raise _Dense("packed was measured no faster than dense at these shapes")
     product = Product(pack(matrix, mask.keep), bias)

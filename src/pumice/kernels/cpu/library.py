@@ -54,8 +54,8 @@ def library() -> ctypes.CDLL:
 
 
 def _file() -> Path | None:
-    """Beside this file in a wheel; an editable install puts what was built into site-packages."""
-    folders = [Path(__file__).parent, *(Path(entry, "pumice", "kernels", "cpu") for entry in sys.path)]
+    """Beside this file in a wheel; an editable install puts what was built into site-packages, and builds it again."""
+    folders = [*(Path(entry, "pumice", "kernels", "cpu") for entry in sys.path), Path(__file__).parent]
     return next((folder / name for folder in folders for name in _NAMES if (folder / name).is_file()), None)
 
 
