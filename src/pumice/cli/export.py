@@ -65,11 +65,13 @@ def _print(data: dict, plan) -> None:
     page.print(f"{data['model']} ({what}) written to {data['out']}: {data['bytes'] / 1e6:.1f} MB of weights.")
     for line in data["notes"]:
         page.print(f"note: {line}")
-    out = data["out"]
+    out, masked = data["out"], plan is not None and any(hasattr(form, "bits") for form in plan.weights.values())
     if data["to"] == "hf":
-        page.print("An ordinary dense folder: the zeros are in the weights, and save neither time nor bytes.")
+        zeros = ": the zeros are in the weights, and save neither time nor bytes" if masked else ""
+        page.print(f"An ordinary dense folder{zeros}.")
     elif data["to"] == "gguf":
-        page.print(f"For llama.cpp, which reads its zeros like any number: llama-cli -m {out}")
+        zeros = ", which reads its zeros like any number" if masked else ""
+        page.print(f"For llama.cpp{zeros}: llama-cli -m {out}")
     else:
         page.print(f"{data['packed']} matrices packed as {data['store']}: {data['packed_bytes'] / 1e6:.1f} MB, where "
                    f"dense they were {data['dense_bytes'] / 1e6:.1f} MB.")  # fmt: skip
