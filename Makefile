@@ -36,6 +36,7 @@ format: setup
 bench: setup
 	$(BIN)/python bench/families.py
 	$(BIN)/python bench/griffin_speed.py
+	$(BIN)/python bench/packed.py
 	$(BIN)/python bench/larger_than_memory.py
 
 clean:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -78,6 +79,15 @@ def test_verdicts_name_what_gave_no_speed_and_what_broke():
     assert said[0].startswith("magnitude 0.5: no speed") and said[1].startswith("static_topk 0.5: no speed here")
     assert said[2].startswith("static_topk 0.5: broken") and said[3] == "magnitude 0.5: broken. Perplexity is NaN."
     assert not any(line.startswith("griffin") for line in said)
+
+
+def test_a_mask_that_ran_dense_says_why_and_a_packed_one_has_no_such_verdict():
+    masked = replace(row("wanda 0.5", "dense storage", 20), why="packed was measured no faster")
+    assert verdicts([*DENSE, masked])[1] == "wanda 0.5: packed was measured no faster."
+    packed = row("wanda 0.5", "packed", 20)
+    assert verdicts([*DENSE, packed]) == []
+    (said,) = verdicts([*DENSE, replace(packed, speedup=1.0)])
+    assert said.startswith("wanda 0.5: no speed to speak of") and "dense storage" not in said
 
 
 def test_a_row_as_json_is_flat_and_leaves_out_what_was_not_measured():

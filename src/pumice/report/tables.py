@@ -61,7 +61,7 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"{_list(masks)}: no speed. The zeros of a Mask lie in dense storage and are read like any number; "
             "bytes per token are those of dense."
         )
-        lines += [f"{row.name}: {row.why}." for row in masks if row.why]
+        lines += [f"{row.name}: {row.why.rstrip('.')}." for row in masks if row.why]
     packed = [row for row in rows if row.ran in ("packed", "partly packed") and (row.speedup or 2) < 1.05]
     if packed:
         lines.append(
