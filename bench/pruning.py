@@ -105,7 +105,7 @@ def one(run: Run, options: argparse.Namespace) -> dict:
     text = tokens(f"file:{source}", tokenizer, windows=64, window=512, seed=run.seed)
     resident = _peak()
     start = time.perf_counter()
-    plan = pumice.sparsify(model, run.recipe, text, check=False)
+    plan = pumice.sparsify(model, run.recipe, text, check=False, resume=False)  # resumed, its minutes would be wrong
     minutes = (time.perf_counter() - start) / 60
     row = asdict(run) | {"achieved": plan.sparsity(), "minutes": round(minutes, 2), "peak_GB": round(_peak(), 2)}
     row |= {"resident_GB": round(resident, 2), "notes": plan.measurements.get("notes", [])}

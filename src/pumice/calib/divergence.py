@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pumice.arch.trace import quiet
-from pumice.budget import Row
 from pumice.calib.data import Windows
 from pumice.calib.work import Work
 from pumice.errors import PumiceError
-from pumice.forms import Mask
 from pumice.sites import Site
 
 TOP = 256
@@ -66,29 +64,35 @@ def coarse(logits: Tensor, top: Tensor) -> Tensor:
 
 
 class Pruned:
-    """The resident model with the masks of Wanda's order at any sparsities, changed where they change.
+    """The resident model with Wanda's masks at any sparsities, changed where they change.
 
-    `norms`: ‖x‖ by the sites' inputs; a site without one is pruned by its weights alone.
+    `norms`: ‖x‖ by the sites' inputs; a site without one is pruned by its weights alone. Every weight's rank in its row
+    is kept, so that a mask costs one comparison; a row loses the whole number of weights nearest to its share.
     """
 
     def __init__(self, sites: Sequence[Site], dense: dict[str, Tensor], norms: dict[str, Tensor]) -> None:
         self.sites, self.dense, self.norms = sites, dense, norms
         self.now: dict[str, float] = {site.name: 0.0 for site in sites}
-        self.masks: dict[tuple[str, float], Mask] = {}
+        self.ranks: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def set(self, sparsity: dict[str, float]) -> None:
         for site in self.sites:
             if self.now[site.name] != sparsity[site.name]:
-                weight = self.dense[site.name].float()
-                site.matrix().copy_(self.mask(site, weight, sparsity[site.name]).reference(weight))
+                rank = self.rank(site)  # [out, in]
+                dead = rank < round(sparsity[site.name] * rank.shape[1])
+                site.matrix().copy_(self.dense[site.name].float().masked_fill(dead, 0))
                 self.now[site.name] = sparsity[site.name]
 
-    def mask(self, site: Site, weight: Tensor, sparsity: float) -> Mask:
-        if (site.name, sparsity) not in self.masks:
-            score = weight.abs() * self.norms.get(site.input, 1.0)
-            self.masks[site.name, sparsity] = Mask.keeping(Row().keep(score, sparsity), "row")
-        return self.masks[site.name, sparsity]
+    def rank(self, site: Site) -> Tensor:
+        """0: the least important of its row."""
+        if site.name not in self.ranks:
+            score = self.dense[site.name].float().abs() * self.norms.get(site.input, 1.0)
+            order = score.argsort(dim=1, stable=True)
+            kind = torch.int16 if score.shape[1] < 2**15 else torch.int32
+            places = torch.arange(score.shape[1], dtype=kind, device=score.device).expand_as(order)
+            self.ranks[site.name] = torch.empty_like(order, dtype=kind).scatter_(1, order, places)
+        return self.ranks[site.name]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""BESA as an allocation: what each matrix of a block lost when BESA trained the block's sparsities.  arXiv:2402.16880"""
+"""BESA as an allocation: what each matrix of a block loses when BESA trains the block.  arXiv:2402.16880"""
 
 from __future__ import annotations
 
