@@ -35,7 +35,9 @@ from pumice.report.rows import machine
 
 RESULTS = Path(__file__).parent / "results"
 TABLE = RESULTS / "pruning.json"
-MASK, UPDATE, TRAINED = "mask only", "mask + weight update", "+ training"
+MASK = "mask only"
+UPDATE = "mask + weight update"  # solved for, without gradients
+TRAINED = "+ training"  # the kept weights of each block are trained on the calibration text
 TESTS = {"64x512": (512, 64), "16x2048": (2048, 16)}
 SPARSITIES = [0.5, "2:4", 0.7, 0.6, 0.3]  # what is missing after an interruption is the least asked for
 
@@ -45,14 +47,18 @@ METHODS: list[tuple[str, str, list[dict]]] = [
     (UPDATE, "sparsegpt", [{"method": "sparsegpt"}]),
     (UPDATE, "admm", [{"method": "admm"}]),
     (MASK, "wanda+dsnot", [{"method": "wanda"}, {"method": "dsnot"}]),
+    (TRAINED, "admm+reconstruct", [{"method": "admm"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
     (MASK, "wanda, owl", [{"method": "wanda", "allocation": "owl"}]),
     (MASK, "wanda, sensitivity", [{"method": "wanda", "allocation": "sensitivity"}]),
     (UPDATE, "isc, sensitivity", [{"method": "isc", "allocation": "sensitivity"}]),
     (MASK, "besa, matrices", [{"method": "besa", "granularity": "layer", "epochs": 1}]),
     (MASK, "besa, rows", [{"method": "besa", "granularity": "row", "epochs": 1}]),
-    (UPDATE, "admm+reconstruct", [{"method": "admm"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
-    (UPDATE, "wanda+reconstruct", [{"method": "wanda"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
+    (UPDATE, "admm, sensitivity", [{"method": "admm", "allocation": "sensitivity"}]),
+    (UPDATE, "admm, besa", [{"method": "admm", "allocation": "besa"}]),
+    (UPDATE, "isc", [{"method": "isc"}]),
+    (TRAINED, "wanda+reconstruct", [{"method": "wanda"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
     (MASK, "wanda, evopress", [{"method": "wanda", "allocation": "evopress"}]),
+    (UPDATE, "admm, evopress", [{"method": "admm", "allocation": "evopress"}]),
 ]
 
 
@@ -95,6 +101,8 @@ def _unstructured(recipe: list[dict]) -> bool:
 def _at(recipe: list[dict], sparsity: float | str, seed: int = 0) -> list[dict]:
     first = {"pattern": sparsity} if isinstance(sparsity, str) else {"sparsity": sparsity}
     seeded = [{**entry, "seed": seed} if entry["method"] in ("besa", "reconstruct") else entry for entry in recipe]
+    if seed and seeded[0].get("allocation") in ("besa", "evopress"):
+        seeded[0] = {**seeded[0], "allocation": f"{seeded[0]['allocation']}(seed={seed})"}
     return [{**seeded[0], **first}, *seeded[1:]]
 
 

@@ -322,6 +322,16 @@ def test_packed_through_pumice_and_saved_again(tokenizer, tmp_path):
         torch.testing.assert_close(other(ids).logits.float(), model(ids).logits, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.parametrize("rows", [4, 200])
+def test_packed_lets_gradients_through(rows, tokenizer, tmp_path):
+    to_packed(open_source(pruned(tmp_path, "qwen2", tokenizer)), tmp_path / "out", "int8")
+    model, _ = pumice.load(tmp_path / "out")
+    module = next(iter(packed_modules(model).values()))
+    x = torch.randn(rows, module.in_features, requires_grad=True)
+    module(x).sum().backward()
+    torch.testing.assert_close(x.grad, module.weight.sum(0).expand_as(x))
+
+
 def test_packed_leaves_parts_of_larger_tensors_dense(tokenizer, tmp_path):
     info = to_packed(open_source(pruned(tmp_path, "qwen3_moe", tokenizer)), tmp_path / "out", "int8")
     assert "parts of larger tensors and stay dense" in info["notes"][0] and info["packed"] == 2 * 4 + 3

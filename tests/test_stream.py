@@ -304,6 +304,8 @@ def test_a_streamed_folder_is_the_model_pruned_in_memory(family, dtype, method, 
     assert fingerprint_model(loaded) == plan.base["applied"]
     assert {t.dtype for t in tensors_in(tmp_path / "out").values() if t.is_floating_point()} == {dtype}
     pumice.attach(loaded, Plan.load(tmp_path / "out"))  # known as its own
+    left = {path.name for path in (tmp_path / "out").iterdir()} & {"digests.json", "journal", "spill", "partial.json"}
+    assert not left, "working files"
 
 
 @pytest.mark.parametrize("family", ["gemma3", "mixtral"])

@@ -12,11 +12,14 @@ from pumice.arch.detect import detect
 from pumice.budget import NM, Free, Row, parse_pattern, removed
 from pumice.calib.stats import CrossMoment, Hessian, Moments
 from pumice.errors import PumiceError
+from pumice.hub.save import save
 from pumice.methods.static.admm import ADMM
 from pumice.methods.static.dsnot import DSnoT, swap
 from pumice.methods.static.magnitude import Magnitude
+from pumice.methods.static.reconstruct import Reconstruct
 from pumice.methods.static.sparsegpt import SparseGPT, inverse_factor, prune
 from pumice.methods.static.wanda import Wanda
+from pumice.plan import Plan
 from tiny import FAMILIES, tiny
 
 IDS = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -128,6 +131,17 @@ def test_updates_reduce_the_error_of_every_block_family(family, method):
     assert updated < masked
 
 
+@pytest.mark.parametrize("columns", [12, 130, 576])
+@pytest.mark.parametrize("sparsity", [*ASKED, 0.99])
+def test_rows_meet_a_high_budget_too(columns, sparsity):
+    weight, hessian = layer(9, columns)
+    factor, _ = inverse_factor(hessian, 0.01)
+    keep, _ = prune(weight, factor, factor.diagonal() ** -2, Row(), sparsity, 10 if columns == 12 else 128)
+    assert int((~keep).sum()) == removed(keep.numel(), sparsity)
+    per_row = (~keep).sum(1)
+    assert per_row.max() - per_row.min() <= 1
+
+
 # ---- ADMM -----------------------------------------------------------------------------------------------------------
 
 
@@ -178,9 +192,8 @@ def test_the_cross_moment_is_of_the_dense_and_the_pruned_model_on_the_same_token
     monkeypatch.setattr(ADMM, "solve", spy)
     plan = pumice.sparsify(model, ADMM(sparsity=0.5), IDS, resume=False)
     arch = detect(model)
-    before = {name: form for name, form in plan.weights.items() if arch.sites[name].block == 0}
     inputs = {"dense": {}, "pruned": {}}
-    for which, weights in (("dense", {}), ("pruned", before)):
+    for which, weights in (("dense", {}), ("pruned", plan.weights)):  # every matrix before has its new values
         with replace(plan, weights=weights).applied(model, check=False):
             for site in arch.blocks[1].of_kind("linear"):
                 if site.expert is None:
@@ -266,9 +279,84 @@ def test_a_refining_method_alone_says_what_it_needs():
 
 
 def test_dsnot_takes_a_mask_without_its_new_values_and_says_so():
-    plan = pumice.sparsify(tiny("llama"), "sparsegpt+dsnot", IDS, resume=False)
+    model = tiny("llama")
+    plan = pumice.sparsify(model, "sparsegpt+dsnot", IDS, resume=False)
     assert all(form.values is None for form in plan.weights.values())
     assert all("new values are left out" in note for note in plan.measurements["notes"])
+    sparsegpt = pumice.sparsify(model, "sparsegpt", IDS, resume=False)
+    first = [n for n in plan.weights if ".layers.0." in n]  # of the block that both saw with the same inputs
+    assert any(not torch.equal(sparsegpt.weights[n].bits, plan.weights[n].bits) for n in first)
+    later = pumice.sparsify(model, DSnoT(), IDS, after=sparsegpt, resume=False)
+    assert all(torch.equal(later.weights[n].bits, plan.weights[n].bits) for n in first)
+
+
+def test_admm_keeps_a_mask_that_comes_before_it():
+    model = tiny("llama")
+    wanda, both = (pumice.sparsify(model, name, IDS, resume=False) for name in ("wanda", "wanda+admm"))
+    first = [n for n in both.weights if ".layers.0." in n]
+    assert all(torch.equal(wanda.weights[n].bits, both.weights[n].bits) for n in first)
+    assert all(form.values is not None for form in both.weights.values())
+    apart = [{"method": "wanda", "where": "*attn*"}, {"method": "admm", "where": "*mlp*"}]
+    forms = pumice.sparsify(model, apart, IDS, resume=False).weights
+    assert {n for n, form in forms.items() if form.values is not None} == {n for n in forms if "mlp" in n}
+
+
+def test_a_plan_that_is_refined_in_part_stays_whole():
+    model = tiny("llama")
+    first = pumice.sparsify(model, Magnitude(), IDS, resume=False)
+    later = pumice.sparsify(model, DSnoT(where="*mlp*"), IDS, after=first, resume=False)
+    together = pumice.sparsify(model, [Magnitude(), DSnoT(where="*mlp*")], IDS, resume=False)
+    assert later.weights.keys() == first.weights.keys()
+    assert all(torch.equal(later.weights[n].bits, together.weights[n].bits) for n in first.weights)
+
+
+def test_reconstruction_of_a_part_sees_the_other_masks(monkeypatch):
+    zeros = []
+
+    def error(self, run, i, weights):
+        q = run.parameters(weights)["self_attn.q_proj.weight"]
+        zeros.append(float((q == 0).float().mean()))
+        return original(self, run, i, weights)
+
+    original = Reconstruct.error
+    monkeypatch.setattr(Reconstruct, "error", error)
+    pumice.sparsify(tiny("llama"), [Wanda(), Reconstruct(where="*mlp*", epochs=1)], IDS, resume=False)
+    assert min(zeros) >= 0.5
+
+
+def test_a_plan_to_start_from_that_would_not_do_is_refused(tmp_path):
+    model = tiny("llama")
+    sparsegpt = pumice.sparsify(model, "sparsegpt", IDS, resume=False)
+    with pytest.raises(PumiceError, match="wanda chooses its own masks"):
+        pumice.sparsify(model, Wanda(), IDS, after=sparsegpt, resume=False)
+    with replace(sparsegpt, select={}).applied(model, exec="reference", check=False):
+        save(model, None, sparsegpt, tmp_path / "out")
+    saved = Plan.load(tmp_path / "out")
+    with pytest.raises(PumiceError, match=r"new values.*sparsegpt\+reconstruct"):
+        pumice.sparsify(model, Reconstruct(), IDS, after=saved, resume=False)
+    pruned = type(model).from_pretrained(tmp_path / "out")
+    plan = pumice.sparsify(pruned, Reconstruct(epochs=1), IDS, after=saved, resume=False)
+    with plan.applied(pruned):  # the masks fit the folder's own weights
+        pass
+
+
+def test_two_plans_of_one_recipe_are_two_beginnings(monkeypatch):
+    """A killed run that began with one plan does not go on in a run that begins with another."""
+    model, other = tiny("llama"), IDS.flip(1)
+    plans = [pumice.sparsify(model, Wanda(), ids, resume=False) for ids in (IDS, other)]
+
+    def stop(self, run):
+        if run.block.index == 1:
+            raise KeyboardInterrupt
+        return original(self, run)
+
+    original = DSnoT.solve_block
+    monkeypatch.setattr(DSnoT, "solve_block", stop)
+    with pytest.raises(KeyboardInterrupt):
+        pumice.sparsify(model, DSnoT(), IDS, after=plans[0])
+    monkeypatch.undo()
+    found, expected = (pumice.sparsify(model, DSnoT(), IDS, after=plans[1], resume=on) for on in (True, False))
+    assert all(torch.equal(found.weights[n].bits, form.bits) for n, form in expected.weights.items())
 
 
 def test_a_plan_can_be_refined_later():

@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import json
 import re
+import shutil
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -30,6 +31,7 @@ from pumice.calib.block import BlockRun
 from pumice.calib.data import Windows, tokens
 from pumice.calib.journal import Journal
 from pumice.calib.spill import DEFAULT_GB, Spill
+from pumice.calib.stats import SiteStats
 from pumice.calib.stream import Source, verify
 from pumice.calib.work import Work
 from pumice.disk import cache_dir, write
@@ -86,8 +88,8 @@ def sparsify(
     check_unspliced(model)
     base = {"name": name or getattr(model, "name_or_path", "") or type(model).__name__}
     base["fingerprint"] = fingerprint_model(model)
-    if after is not None and after.base.get("fingerprint") not in (None, base["fingerprint"]):
-        raise PumiceError(f"the plan to start from was made for other weights ({after.base.get('name', '?')}).")
+    if after is not None:
+        after = _beginning(after, chains[0][0], base["fingerprint"])
     text: Windows | None = None
     plan = Plan(base=base)
     for chain in chains:
@@ -97,7 +99,7 @@ def sparsify(
             )
         weights_so_far = replace(plan, select={})
         with applied(model, weights_so_far, exec="reference", check=False) if plan.weights else nullcontext():
-            journals = _Journals(model, chain, text, base, plan.recipe, after, on=resume and needs_text(chain))
+            journals = _Journals(model, chain, text, base, after or plan, on=resume and needs_text(chain))
             settings = {"journals": journals, "spill": Spill(memory), "after": after, "check": check}
             plan = plan.merge(_solve(model, chain, text, Resident(model), base, **settings))
         journals.finish()
@@ -153,11 +155,14 @@ def sparsify_folder(
         watched.load_rest()
         watched.release_rest()
         base = {"name": name or str(folder)}
-        settings = {"journals": journals, "spill": Spill(memory, writer.partial / "spill"), "done": done}
+        spill = writer.partial / "spill"
+        settings = {"journals": journals, "spill": Spill(memory, spill), "done": done}
         plan = _solve(source.model, chain, text, watched, base, **settings)
         plan = replace(plan, base={**plan.base, **watched.fingerprints()})
         writer.fill(plan)
         journals.finish()  # only now: a disk that is full above costs no block
+        watched.path.unlink(missing_ok=True)
+        shutil.rmtree(spill, ignore_errors=True)
         writer.publish()
     return plan
 
@@ -207,6 +212,11 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
     if needs_text(chain) and check:
         verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
     work = Work(model=model, arch=arch, windows=text, source=source, sites=sites, journals=journals, spill=spill)
+    given = after.weights if after is not None else {}
+    known = [
+        *sites,
+        *(arch.sites[name] for name in given if name in arch.sites and name not in {s.name for s in sites}),
+    ]
     budgets = [_budget(work, one) for one in chain]
     mine = {site.name for site in sites}
     theirs = [mine & {site.name for site in matching(arch, one)} for one in chain]
@@ -215,8 +225,7 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
     def decide(run: BlockRun) -> dict[str, Form]:
         for site in run.sites:
             _check_finite(site)
-        if after is not None:
-            run.before = {site.name: after.weights[site.name] for site in run.sites if site.name in after.weights}
+        run.before = {site.name: given[site.name] for site in run.block.sites if site.name in given}
         for one, run.budget, names in zip(ready, budgets, theirs, strict=True):
             run.sites = [site for site in run.block.sites if site.name in names]
             run.before = {**run.before, **_decide(one, run)}
@@ -224,11 +233,12 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
 
     rows = [one.rows for one in chain if getattr(one, "rows", None)]
     dense = any(getattr(one, "reference", "") == "dense" for one in chain)
-    forms = work.stream(decide, _named(chain), needs=needs, rows=min(rows, default=None), dense=dense, done=done)
+    settings = {"needs": needs, "rows": min(rows, default=None), "dense": dense, "done": done}
+    forms = work.stream(decide, _named(chain), sites=known, **settings)
     weights = {name: form for name, form in forms.items() if isinstance(form, (Mask, Slim))}
     return Plan(
         weights=weights,
-        select={name: form for name, form in forms.items() if name not in weights},
+        select={**(after.select if after else {}), **{n: form for n, form in forms.items() if n not in weights}},
         recipe=[*(after.recipe if after else []), *map(recipe.describe, chain)],
         calibration=dict(text.protocol) if needs_text(chain) else {},
         base=base,
@@ -240,7 +250,11 @@ def _decide(one: Any, run: BlockRun) -> dict[str, Form]:
     if hasattr(one, "solve_block"):
         return one.solve_block(run)
     shared = {s: replace(one, sparsity=s, allocation="uniform") for s in set(run.budget.values())}
-    return run.each(lambda site, stats: shared.get(run.budget.get(site.name), one).solve(site, stats))
+
+    def solve(site: Site, stats: SiteStats) -> Form | None:
+        return shared.get(run.budget.get(site.name), one).solve(site, stats)
+
+    return run.in_order(one.needs, solve) if getattr(one, "sequential", False) else run.each(solve)
 
 
 def _budget(work: Work, one: Any) -> dict[str, float]:
@@ -263,6 +277,22 @@ def needs_text(chain: list[Any]) -> bool:
     )
 
 
+def _beginning(after: Plan, first: Any, weights: str) -> Plan:
+    """The plan to start from, for the model's own weights."""
+    if not first.refines:
+        raise PumiceError(f"{first.name} chooses its own masks and would ignore the plan to start from (`after`).")
+    if weights not in after.fits | {after.base.get("fingerprint", weights)}:
+        raise PumiceError(f"the plan to start from was made for other weights ({after.base.get('name', '?')}).")
+    made = any(isinstance(form, Mask) and form.updated for form in after.weights.values())
+    if made and weights != after.base.get("applied"):
+        raise PumiceError(
+            "the plan to start from gave its weights new values, which lie in its folder and not in this model. Name "
+            f"both methods in one pass, as --method {after.recipe[-1]['method'] if after.recipe else 'X'}+{first.name}."
+        )
+    return replace(after, weights={n: replace(f, updated=False) if isinstance(f, Mask) else f
+                                   for n, f in after.weights.items()})  # fmt: skip
+
+
 def _check_slims(methods: list[Any], after: Plan | None) -> None:
     """A method that makes a smaller model stands alone: the sites of a next one would be those of that model."""
     slim = next((one.name for one in methods if getattr(one, "slims", False)), None)
@@ -283,10 +313,10 @@ class _Journals:
     The weights' fingerprint is one in fp32 and bf16, their masks are not.
     """
 
-    def __init__(self, model, chain, text: Windows | None, base: dict, before: list, after, on: bool) -> None:
+    def __init__(self, model, chain, text: Windows | None, base: dict, before: Plan, on: bool) -> None:
         made = (model.dtype, model.device.type, torch.__version__, __version__, parallel.rank(), parallel.world())
-        said = after.recipe if after is not None else None
-        self.key = (base["fingerprint"], before, said, *map(recipe.describe, chain), _identity(text), *made)
+        said = before.recipe, _digest(before)
+        self.key = (base["fingerprint"], *said, *map(recipe.describe, chain), _identity(text), *made)
         self.on, self.opened = on, []
 
     def __call__(self, what: str) -> Journal | None:
@@ -311,6 +341,17 @@ class _Beside:
         return self.opened[-1]
 
     finish = _Journals.finish
+
+
+def _digest(plan: Plan) -> str:
+    """Of the masks and their values: two plans of one recipe may come from two texts."""
+    found = hashlib.sha256()
+    for name, form in sorted(plan.weights.items()):
+        found.update(name.encode())
+        for tensor in (getattr(form, "bits", None), getattr(form, "values", None), getattr(form, "kept", None)):
+            if tensor is not None:
+                found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def _identity(text: Windows | None) -> tuple | None:

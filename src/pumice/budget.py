@@ -60,9 +60,11 @@ class Row:
         `before` is the mask of the columns before; with the last columns the matrix has lost floor(out·in·s).
         """
         rows, end = score.shape[0], start + score.shape[1]
+        total = removed(rows * columns, sparsity)
         if end == columns:
-            return self.keep(score, (removed(rows * columns, sparsity) - _gone(before)) / max(score.numel(), 1))
-        return self.keep(score, (removed(end, sparsity) - _gone(before) / rows) / score.shape[1])
+            return self.keep(score, (total - _gone(before)) / max(score.numel(), 1))
+        each = max(removed(end, sparsity), -(-total // rows) - (columns - end))  # no more than later columns hold
+        return self.keep(score, (each - _gone(before) / rows) / score.shape[1])
 
     def __str__(self) -> str:
         return "row"

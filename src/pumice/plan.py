@@ -49,6 +49,7 @@ class Plan:
                     f"{_names(self)} and {_names(later)} both decide {both[0]} (and {len(both) - 1} more sites). "
                     f"Keep one of them, or give each its own sites with `where`."
                 )
+        notes = [*self.measurements.get("notes", []), *later.measurements.get("notes", [])]
         return replace(
             later,
             weights={**self.weights, **later.weights},
@@ -57,7 +58,7 @@ class Plan:
             recipe=self.recipe + later.recipe,
             calibration={**self.calibration, **later.calibration},
             base=self.base or later.base,
-            measurements={**self.measurements, **later.measurements},
+            measurements={**self.measurements, **later.measurements, **({"notes": notes} if notes else {})},
         )
 
     def without_values(self) -> Plan:

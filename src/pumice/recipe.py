@@ -44,11 +44,15 @@ def chains(methods: list[Any]) -> list[list[Any]]:
     """Methods that run in one pass: each that refines the masks of another joins the one before it."""
     found: list[list[Any]] = []
     for one in methods:
-        if one.refines and found:
+        if found and (one.refines is True or (one.refines == "optional" and _same_sites(one, found[-1][-1]))):
             found[-1].append(one)
         else:
             found.append([one])
     return found
+
+
+def _same_sites(one: Any, other: Any) -> bool:
+    return (one.kinds, one.where) == (other.kinds, other.where)
 
 
 def _build(cls: type, name: str, settings: dict[str, Any]) -> Any:

@@ -25,9 +25,9 @@ class Entry:
 
     def load(self) -> type:
         module = importlib.import_module(self.target)
-        for value in vars(module).values():
-            if isinstance(value, type) and getattr(value, "name", None) == self.name:
-                return value
+        found = [v for v in vars(module).values() if isinstance(v, type) and getattr(v, "name", None) == self.name]
+        if found:  # its own before one that it imports: the allocation besa is made of the method besa
+            return max(found, key=lambda cls: cls.__module__ == self.target)
         raise PumiceError(f"{self.target} defines no class decorated with @method({self.name!r}, …).")
 
 
@@ -40,7 +40,8 @@ def method(name: str, *, kinds: Sequence[str]) -> Callable[[type], type]:
         cls.__post_init__ = _checked(getattr(cls, "__post_init__", None))
         cls = dataclass(frozen=True, kw_only=True)(cls)
         cls.name, cls.kinds = name, tuple(kinds)
-        cls.refines = getattr(cls, "refines", False)  # starts from the masks of the method before it
+        # True: it starts from the masks of the method before it; "optional": it may, if that decides the same sites
+        cls.refines = getattr(cls, "refines", False)
         if not hasattr(cls, "needs"):
             cls.needs = ()
         return cls

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -63,6 +64,23 @@ class BlockRun:
     notes: list[str]
     before: dict[str, Form] = field(default_factory=dict)
     budget: Mapping[str, float] = field(default_factory=dict)
+    measure: Callable[[list[Site], tuple[type, ...], dict[str, Tensor]], dict] | None = None
+
+    def in_order(self, needs: tuple[type, ...], solve: Callable[[Site, SiteStats], Mask]) -> dict[str, Mask]:
+        """Decide input by input, each measured again when the matrices before it in the block have their new values.
+
+        Experts of a block count as side by side.
+        """
+        solved: dict[str, Mask] = {}
+        stages: dict[str, list[Site]] = {}
+        for site in self.sites:
+            stages.setdefault(re.sub(r"\[\d+\]", "", site.input), []).append(site)
+        for sites in stages.values():
+            new = {s.name: solved[s.name].reference(s.weight) for s in self.sites if s.name in solved}
+            now = self.measure(sites, needs, new) if new else self.collected
+            for site in sites:
+                solved[site.name] = solve(site, SiteStats(site, now, self.before.get(site.name), self.notes))
+        return solved
 
     def stats(self, site: Site) -> SiteStats:
         return SiteStats(site, self.collected, self.before.get(site.name), self.notes)
@@ -83,9 +101,16 @@ class BlockRun:
         return self.before
 
     def parameters(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Matrices [out, in] by site name -> the block's parameters that hold them, differentiable in the matrices."""
+        """Matrices [out, in] by site name -> the block's parameters that hold them, differentiable in the matrices.
+
+        Matrices that are not given are as the masks so far leave them.
+        """
         fused: dict[str, dict[int | None, Tensor]] = {}
-        for site in self.sites:
+        linear = self.block.of_kind("linear")
+        masked = {site.name: site for site in linear if isinstance(self.before.get(site.name), Mask)}
+        rest = {n: self.before[n].reference(site.weight) for n, site in masked.items() if n not in weights}
+        weights = {**rest, **weights}
+        for site in linear:
             if site.name in weights:
                 view = site.parts["weight"].view
                 matrix = weights[site.name]

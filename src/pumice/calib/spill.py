@@ -42,7 +42,8 @@ class Spill:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, path = tempfile.mkstemp(dir=self.folder)
             try:
-                os.posix_fallocate(handle, 0, max(size, 1))  # a full disk is an error here, not a crash at a write
+                reserve = getattr(os, "posix_fallocate", lambda file, _, length: os.truncate(file, length))
+                reserve(handle, 0, max(size, 1))  # with fallocate a full disk is an error here, not a crash at a write
                 mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
             finally:
                 os.close(handle)

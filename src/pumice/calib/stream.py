@@ -7,12 +7,14 @@ Arithmetic is fp32. No decoder loop is copied.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from tqdm.auto import tqdm
 
 from pumice.arch.detect import Arch
@@ -114,12 +116,13 @@ def _one_block(
         both = any(getattr(need, "paired", False) for need in needs)
         with collecting(block, sites, needs, collected, replays):
             outputs, dense = replays.run_both(block) if both else (replays.run(block, "sparse"), None)
-        parallel.reduce_stats(collected, lambda key, width: _stat(collected, needs, key, width, replays.valid.device))
         if dense is None:
             own = replays.streams.get("dense", replays.streams["sparse"]) is not replays.streams["sparse"]
             dense = replays.run(block, "dense") if own else outputs
     samples = Samples(block, replays, outputs, dense) if replays is not None else None
-    solved = decide(BlockRun(block=block, sites=sites, collected=collected, samples=samples, notes=notes))
+    run = BlockRun(block=block, sites=sites, collected=collected, samples=samples, notes=notes)
+    run.measure = partial(_measure, run, replays)
+    solved = decide(run)
     masks = {name: form for name, form in solved.items() if isinstance(form, Mask)}
     for site in sites:
         if site.name in masks:
@@ -135,6 +138,15 @@ def _one_block(
             replays.streams["dense"] = dense
         _check_finite(block, replays.streams["sparse"])  # after the sites, whose own errors say more
     return solved
+
+
+def _measure(run: BlockRun, replays: Replays, sites: list[Site], needs, matrices: dict[str, Tensor]) -> dict:
+    """Statistics of the inputs of `sites` with other matrices in the block, by site name."""
+    collected: dict[tuple[str, type], Stat] = {}
+    both = any(getattr(need, "paired", False) for need in needs)
+    with collecting(run.block, sites, needs, collected, replays):
+        replays.rerun(run.block, run.parameters(matrices), both)
+    return collected
 
 
 def _silence(site: Site, form: Slim) -> None:
@@ -164,8 +176,11 @@ class Replays:
     """
 
     def __init__(self, groups: list[tuple[Tensor, list[Call]]], spill: Spill) -> None:
-        self.groups, self.spill = groups, spill
-        self.streams = {"sparse": [calls[0].hidden for _, calls in groups]}
+        self.spill = spill
+        self.streams = {"sparse": [spill.keep(calls[0].hidden) for _, calls in groups]}
+        for _, calls in groups:  # it comes with the stream
+            calls[0] = calls[0].with_hidden(None)
+        self.groups = groups
         self.valid = groups[0][0]  # bool [rows, T] of the group that is running
         self.running = "sparse"  # the stream whose states run
 
@@ -184,9 +199,21 @@ class Replays:
             sparse.append(self._run(block, group, "sparse"))
         return sparse, dense
 
+    def rerun(self, block: Block, parameters: Mapping[str, Tensor], both: bool) -> None:
+        """Run the sparse stream with `parameters` exchanged in the block, for what is tapped in it."""
+        for group, hidden in enumerate(self.streams["sparse"]):
+            if both:
+                self._forward(block, group, "dense")
+            self.running = "sparse"
+            call = self.call(block, group, hidden)
+            functional_call(block.module, dict(parameters), call.args, call.kwargs)
+
     def _run(self, block: Block, group: int, stream: str) -> Tensor:
+        return self.spill.keep(self._forward(block, group, stream))
+
+    def _forward(self, block: Block, group: int, stream: str) -> Tensor:
         self.running = stream
-        return self.spill.keep(hidden_of(self.call(block, group, self.streams[stream][group])(block.module)))
+        return hidden_of(self.call(block, group, self.streams[stream][group])(block.module))
 
     def resume(self, streams: dict[str, list[Tensor]]) -> None:
         for name in self.streams:
@@ -257,6 +284,7 @@ def collecting(block: Block, sites: list[Site], needs, collected: dict, replays:
         for name in {site.parts[role].module for site in fused for role in site.parts}:
             stack.enter_context(_tap_experts(name, modules[name], keys, add, valid))
         yield
+    parallel.reduce_stats(collected, lambda key, width: _stat(collected, needs, key, width, replays.valid.device))
 
 
 def expert_key(site: Site, expert: int) -> str:

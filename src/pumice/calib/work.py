@@ -40,9 +40,8 @@ class Work:
     def stream(self, decide: Callable[[BlockRun], dict[str, Form]], what: str, **settings) -> dict[str, Form]:
         """Forms of the work's sites, block by block; `what` names this pass in the progress bar and the journal."""
         given = {"spill": self.spill, "notes": self.notes, "journal": self.journals(what), "sites": self.sites}
-        return stream(
-            self.model, self.arch, self.windows, self.source, decide, **given, title=f"{what}: blocks", **settings
-        )
+        given["title"] = f"{what}: blocks"
+        return stream(self.model, self.arch, self.windows, self.source, decide, **{**given, **settings})
 
     def text(self, what: str) -> Windows:
         """The calibration text; having none is an error that names `what` needs it."""
@@ -58,6 +57,10 @@ class Work:
         path = journal.folder / "numbers.json"
         there = path.exists()
         if not (parallel.agreed(there) and there):
-            found = make()
+            before = len(self.notes)
+            found = {"numbers": make(), "notes": self.notes[before:]}
+            del self.notes[before:]
             write(path, lambda part: part.write_text(json.dumps(found)))
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        self.notes += found["notes"]
+        return found["numbers"]

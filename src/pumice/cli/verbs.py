@@ -75,6 +75,7 @@ def sparsify_folder(model: str, methods: list[Any], out: str, text: dict, *, dty
     if "after" in text:
         raise PumiceError("--after does not go with --stream: name both methods in one pass, as --method wanda+dsnot.")
     quiet_libraries()
+    from pumice.api import needs_text
     from pumice.api import sparsify_folder as stream
     from pumice.calib.sources import check
     from pumice.hub.folder import check_target
@@ -86,11 +87,12 @@ def sparsify_folder(model: str, methods: list[Any], out: str, text: dict, *, dty
     place = locate(model)
     refuse_sparse(model, Plan.load(place.plan) if place.plan else None)
     settings = {**text}
-    tokenizer = tokenizer_in(place.folder) if methods[0].needs else None
+    tokenizer = tokenizer_in(place.folder) if needs_text(methods) else None
     data, options = settings.pop("data"), {"tokenizer": tokenizer, "name": model, "resume": resume}
     plan = stream(place.folder, methods, out, data, **options, **settings)
     if as_json:
-        return emit({"model": model, "out": out, **sparse_part(plan)})
+        found = {"model": model, "out": out, **sparse_part(plan), "notes": plan.measurements.get("notes", [])}
+        return emit(found)
     page.print(f"Achieved sparsity {plan.sparsity():.4f}. Saved in {out}, block by block.")
     print_notes(plan)
     page.print(f"No speed was measured: `pumice bench {out}` does, dense and sparse in turn.")

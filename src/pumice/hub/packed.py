@@ -52,7 +52,9 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.numel() // self.in_features
-        if x.device.type == "cpu" and 0 < rows <= KERNEL_ROWS and x.dtype in (torch.float32, torch.bfloat16):
+        known = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        differentiated = torch.is_grad_enabled() and x.requires_grad  # the kernel has no gradient
+        if known and 0 < rows <= KERNEL_ROWS and not differentiated:
             return self._kernel()(x)
         weight = self.weight
         wide = torch.promote_types(x.dtype, weight.dtype)

@@ -127,11 +127,11 @@ class ShardWriter:
 
     @contextmanager
     def kept_if_begun(self) -> Iterator[None]:
-        """A failure in the body keeps the finished shards, and says where; without any it leaves nothing."""
+        """A failure in the body keeps finished shards and journals, and says where; without any it leaves nothing."""
         try:
             yield
         except BaseException as error:
-            if not self.done:
+            if not self.done and not any(path.is_file() for path in (self.partial / "journal").rglob("*")):
                 shutil.rmtree(self.partial, ignore_errors=True)
             elif isinstance(error, PumiceError):
                 kept = f"{len(self.done)} finished shards are kept in {self.partial}"

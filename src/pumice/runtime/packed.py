@@ -1,7 +1,8 @@
 """Packed masks: a matrix with a Mask runs as its kept weights alone, for few rows of input and where that was faster.
 
-y = x Wᵀ + b over the packed weights of `kernels.pack`. Many rows, gradients, autocast, tracing and weights that changed
-since run the dense matrix with its zeros, which stays in memory.
+y = x Wᵀ + b over the packed weights of `kernels.pack`. Many rows, gradients, autocast, tracing and weights that
+changed since run the dense matrix with its zeros, which stays in memory. A change through `weight.data` is not seen:
+attach again after one.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ class PackedForward:
     def can(self, x: Tensor, rows: int) -> bool:
         if not 0 < rows <= MAX_ROWS or x.dtype is not self.dtype or x.device.type != "cpu":
             return False
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return False
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return False
         table = self.module._parameters
         return all(table[n] is t and _version(t) == v for n, t, v in self.weights) and self.pays(rows)
@@ -110,8 +113,10 @@ def _packed(model, site: Site, mask: Mask, always: bool, counting) -> PackedForw
     module, leaf = model.get_submodule(owner(view.parameter)[0]), owner(view.parameter)[1]
     matrix, bias = site.matrix().detach(), module._parameters.get("bias")
     kind = Store(matrix).kind
-    if view.expert is not None or "forward" in vars(module):
+    if view.expert is not None:
         raise _Dense("it is part of a larger parameter")
+    if "forward" in vars(module):
+        raise _Dense("another part of the plan runs it")
     if matrix.device.type != "cpu" or kind not in KINDS:
         raise _Dense(f"there is no packed kernel for {kind} on {matrix.device.type}")
     try:

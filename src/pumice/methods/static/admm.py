@@ -28,6 +28,8 @@ class ADMM(Budget):
     rho: float = 1.0  # ρ, on a Hessian of unit diagonal
     damp: float = 0.1  # added to the Hessian's unit diagonal
     asymmetric: float = 0.5  # α: 0 asks for W₀ on the pruned model's inputs, 1 for what the dense model's matrix gave
+    refines = "optional"
+    sequential = True  # within a block too: else every matrix would make up for the same errors once more
 
     @property
     def needs(self) -> tuple[type, ...]:
@@ -41,10 +43,10 @@ class ADMM(Budget):
         Budget.__post_init__(self)
         if not 0 <= self.asymmetric <= 1:
             raise PumiceError(f"admm.asymmetric is in 0 … 1; got {self.asymmetric}.")
-        if not 0 <= self.gradual <= self.steps or not self.rho > 0 or not self.damp >= 0:
+        if self.steps < 1 or not 0 <= self.gradual <= self.steps or not self.rho > 0 or not self.damp >= 0:
             raise PumiceError(
-                f"admm: 0 <= gradual <= steps, rho > 0 and damp >= 0; got gradual={self.gradual}, steps={self.steps}, "
-                f"rho={self.rho}, damp={self.damp}."
+                f"admm: 0 <= gradual <= steps, steps >= 1, rho > 0 and damp >= 0; got gradual={self.gradual}, "
+                f"steps={self.steps}, rho={self.rho}, damp={self.damp}."
             )
 
     def solve(self, site: Site, stats: SiteStats) -> Mask:

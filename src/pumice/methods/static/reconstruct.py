@@ -35,8 +35,8 @@ class Reconstruct:
     refines = True
 
     def __post_init__(self):
-        if self.epochs < 0 or not self.lr > 0 or self.rows < 1 or not 0 <= self.hold < 1:
-            raise PumiceError("reconstruct: epochs >= 0, lr > 0, rows >= 1 and 0 <= hold < 1.")
+        if self.epochs < 0 or not self.lr > 0 or self.rows < 1 or not 0 <= self.hold <= 0.5:
+            raise PumiceError("reconstruct: epochs >= 0, lr > 0, rows >= 1 and hold in 0 … 0.5.")
 
     def solve_block(self, run: BlockRun) -> dict[str, Mask]:
         masks = run.masks(self.name)
@@ -53,7 +53,7 @@ class Reconstruct:
         weights = {name: torch.nn.Parameter(w.clone()) for name, w in start.items()}
         adam = torch.optim.Adam(weights.values(), lr=self.lr, betas=(0.9, 0.95))
         steps, order = self.epochs * len(used), torch.Generator().manual_seed(self.seed * 1_000_003 + run.block.index)
-        plan = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+        plan = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: (1 + math.cos(math.pi * step / max(steps, 1))) / 2)
         lowest, best = self.loss(run, held, weights), start
         with tqdm(total=steps, desc=f"reconstruct: block {run.block.index}", unit="step", leave=False) as bar:
             for _ in range(self.epochs):

@@ -32,7 +32,7 @@ class SparseGPT(Budget):
             raise PumiceError(f"{self.name}: damp is above 0 and block at least 1; got {self.damp}, {self.block}.")
 
     def solve(self, site: Site, stats: SiteStats) -> Mask:
-        weight, hessian = site.weight, stats[Hessian].clone()
+        weight, hessian = site.weight.clone(), stats[Hessian].clone()
         dead = hessian.diagonal() == 0
         hessian.diagonal()[dead] = 1
         weight[:, dead] = 0  # their inputs are always zero
