@@ -32,7 +32,7 @@ from pumice.calib.data import Windows, tokens
 from pumice.calib.journal import Journal
 from pumice.calib.spill import DEFAULT_GB, Spill
 from pumice.calib.stats import SiteStats
-from pumice.calib.stream import Source, verify
+from pumice.calib.stream import GROUP, Source, verify
 from pumice.calib.work import Work
 from pumice.disk import cache_dir, write
 from pumice.errors import PumiceError
@@ -208,7 +208,8 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
     arch = detect(model)
     first = chain[0]
     sites = choose_sites(arch, first)
-    needs = tuple(dict.fromkeys(need for one in chain for need in one.needs))
+    sequential = [one for one in chain if getattr(one, "sequential", False)]  # these measure input after input
+    needs = tuple(dict.fromkeys(need for one in chain if one not in sequential for need in one.needs))
     if needs_text(chain) and check:
         verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
     work = Work(model=model, arch=arch, windows=text, source=source, sites=sites, journals=journals, spill=spill)
@@ -232,6 +233,7 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
         return run.before
 
     rows = [one.rows for one in chain if getattr(one, "rows", None)]
+    rows += [max(1, GROUP // text.ids.shape[1])] if sequential else []
     dense = any(getattr(one, "reference", "") == "dense" for one in chain)
     settings = {"needs": needs, "rows": min(rows, default=None), "dense": dense, "done": done}
     forms = work.stream(decide, _named(chain), sites=known, **settings)

@@ -9,9 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from pumice.arch.trace import hidden_of
 from pumice.calib.stats import SiteStats, Stat
 from pumice.errors import PumiceError
 from pumice.forms import Form, Mask
@@ -46,8 +44,7 @@ class Samples:
 
     def forward(self, i: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output on group `i`, [rows, T, d], with `parameters` (by their names in the block) exchanged."""
-        call = self.replays.call(self.block, i, self.replays.streams["sparse"][i])
-        return hidden_of(functional_call(self.block.module, dict(parameters or {}), call.args, call.kwargs))
+        return self.replays.forward(self.block, i, "sparse", parameters)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -67,7 +64,7 @@ class BlockRun:
     measure: Callable[[list[Site], tuple[type, ...], dict[str, Tensor]], dict] | None = None
 
     def in_order(self, needs: tuple[type, ...], solve: Callable[[Site, SiteStats], Mask]) -> dict[str, Mask]:
-        """Decide input by input, each measured again when the matrices before it in the block have their new values.
+        """Decide input by input, each measured when the matrices before it in the block have their new values.
 
         Experts of a block count as side by side.
         """
@@ -77,7 +74,7 @@ class BlockRun:
             stages.setdefault(re.sub(r"\[\d+\]", "", site.input), []).append(site)
         for sites in stages.values():
             new = {s.name: solved[s.name].reference(s.weight) for s in self.sites if s.name in solved}
-            now = self.measure(sites, needs, new) if new else self.collected
+            now = self.measure(sites, needs, new)
             for site in sites:
                 solved[site.name] = solve(site, SiteStats(site, now, self.before.get(site.name), self.notes))
         return solved

@@ -8,7 +8,7 @@ Arithmetic is fp32. No decoder loop is copied.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Protocol
 
@@ -144,8 +144,12 @@ def _measure(run: BlockRun, replays: Replays, sites: list[Site], needs, matrices
     """Statistics of the inputs of `sites` with other matrices in the block, by site name."""
     collected: dict[tuple[str, type], Stat] = {}
     both = any(getattr(need, "paired", False) for need in needs)
-    with collecting(run.block, sites, needs, collected, replays):
-        replays.rerun(run.block, run.parameters(matrices), both)
+    parameters = run.parameters(matrices)
+    with collecting(run.block, sites, needs, collected, replays) as until_read:
+        for group in range(len(replays.groups)):
+            if both:
+                until_read(lambda group=group: replays.forward(run.block, group, "dense"))
+            until_read(lambda group=group: replays.forward(run.block, group, "sparse", parameters))
     return collected
 
 
@@ -199,21 +203,14 @@ class Replays:
             sparse.append(self._run(block, group, "sparse"))
         return sparse, dense
 
-    def rerun(self, block: Block, parameters: Mapping[str, Tensor], both: bool) -> None:
-        """Run the sparse stream with `parameters` exchanged in the block, for what is tapped in it."""
-        for group, hidden in enumerate(self.streams["sparse"]):
-            if both:
-                self._forward(block, group, "dense")
-            self.running = "sparse"
-            call = self.call(block, group, hidden)
-            functional_call(block.module, dict(parameters), call.args, call.kwargs)
-
     def _run(self, block: Block, group: int, stream: str) -> Tensor:
-        return self.spill.keep(self._forward(block, group, stream))
+        return self.spill.keep(self.forward(block, group, stream))
 
-    def _forward(self, block: Block, group: int, stream: str) -> Tensor:
+    def forward(self, block: Block, group: int, stream: str, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output on the group's state in `stream`, with `parameters` of the block exchanged."""
         self.running = stream
-        return hidden_of(self.call(block, group, self.streams[stream][group])(block.module))
+        call = self.call(block, group, self.streams[stream][group])
+        return hidden_of(functional_call(block.module, dict(parameters or {}), call.args, call.kwargs))
 
     def resume(self, streams: dict[str, list[Tensor]]) -> None:
         for name in self.streams:
@@ -251,13 +248,27 @@ def collecting(block: Block, sites: list[Site], needs, collected: dict, replays:
     """Feed the statistics of every input tensor that the sites read, once per tensor, padding left out.
 
     Paired statistics get the dense stream's rows of the same tokens too; there are none for routed experts, which other
-    tokens reach in the dense model.
+    tokens reach in the dense model. The value runs a forward until every input has been read, and no further.
     """
     experts = [site for site in sites if site.kind == "experts"]
     keys = {site.input for site in sites} | {expert_key(site, e) for site in experts for e in range(site.units)}
 
     routed = {key for key in keys if "[" in key}
     dense: dict[str, Tensor] = {}
+    awaited: set[str] = set()
+
+    def note(key: str, rows: Tensor) -> None:
+        add(key, rows)
+        if key in awaited:
+            awaited.discard(key)
+            if not awaited:
+                raise _Read
+
+    def until_read(forward: Callable[[], object]) -> None:
+        awaited.update(keys)
+        with suppress(_Read):
+            forward()
+        awaited.clear()
 
     def add(key: str, rows: Tensor) -> None:
         if replays.running == "dense":
@@ -278,13 +289,17 @@ def collecting(block: Block, sites: list[Site], needs, collected: dict, replays:
     with ExitStack() as stack:
         modules = {f"{block.name}.{name}": module for name, module in block.module.named_modules() if name}
         for key in keys & modules.keys():
-            handle = modules[key].register_forward_pre_hook(_tap(key, add, valid), with_kwargs=True)
+            handle = modules[key].register_forward_pre_hook(_tap(key, note, valid), with_kwargs=True)
             stack.callback(handle.remove)
         fused = [*experts, *(site for site in sites if site.expert is not None)]
         for name in {site.parts[role].module for site in fused for role in site.parts}:
-            stack.enter_context(_tap_experts(name, modules[name], keys, add, valid))
-        yield
+            stack.enter_context(_tap_experts(name, modules[name], keys, note, valid))
+        yield until_read
     parallel.reduce_stats(collected, lambda key, width: _stat(collected, needs, key, width, replays.valid.device))
+
+
+class _Read(Exception):
+    """Every input that was asked for has been read: the rest of the block need not run."""
 
 
 def expert_key(site: Site, expert: int) -> str:
