@@ -86,6 +86,8 @@ def test_a_mask_that_ran_dense_says_why_and_a_packed_one_has_no_such_verdict():
     assert verdicts([*DENSE, masked])[1] == "wanda 0.5: packed was measured no faster."
     packed = row("wanda 0.5", "packed", 20)
     assert verdicts([*DENSE, packed]) == []
+    (said,) = verdicts([*DENSE, replace(packed, speedup=1.3, bytes_bound=1.1)])
+    assert "faster than the bytes allow" in said and "the kernel's" in said
     (said,) = verdicts([*DENSE, replace(packed, speedup=1.0)])
     assert said.startswith("wanda 0.5: no speed to speak of") and "dense storage" not in said
 

@@ -68,6 +68,12 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"{_list(packed)}: no speed to speak of. Each packed matrix was timed faster than its dense one, but what "
             "they save is spent around them, or lost in noise."
         )
+    above = [row for row in rows if row.ran in ("packed", "partly packed") and _above_its_bytes(row)]
+    if above:
+        lines.append(
+            f"{_list(above)}: faster than the bytes allow. The packed kernel reads memory faster than torch's dense "
+            "product does here; that part of the gain is the kernel's, not the zeros'."
+        )
     formless = [row for row in rows if row.ran == "masked, no gathered form"]
     if formless:
         lines.append(
@@ -92,6 +98,10 @@ def verdicts(rows: list[Row]) -> list[str]:
             what = f"{ratio:,.1f} times that of dense on the same tokens" if ratio < math.inf else number(ratio)
             lines.append(f"{row.name}: broken. Perplexity is {what}.")
     return lines
+
+
+def _above_its_bytes(row: Row) -> bool:
+    return bool(row.speedup and row.bytes_bound) and row.speedup > 1.05 * row.bytes_bound
 
 
 def _list(rows: list[Row]) -> str:
