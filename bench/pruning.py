@@ -247,8 +247,9 @@ def main() -> None:
             text = json.dumps(finished(data), indent=1, ensure_ascii=False) + "\n"
             write(TABLE, lambda path, text=text: path.write_text(text))
             print(f"  {row['perplexity_64x512']} in {row['minutes']} min, {row['peak_GB']} GB", flush=True)
-    print(table(finished(data)))
-    plot(data)
+    if data["rows"]:
+        print(table(finished(data)))
+        plot(data)
 
 
 if __name__ == "__main__":

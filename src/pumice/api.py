@@ -84,6 +84,7 @@ def sparsify(
     A run that was killed goes on at the block it had reached, with a bit-identical result (`resume=False` to restart).
     """
     chains = recipe.chains(recipe.read(method))
+    recipe.check_start([one for chain in chains for one in chain], after is not None)
     _check_slims([one for chain in chains for one in chain], after)
     check_unspliced(model)
     base = {"name": name or getattr(model, "name_or_path", "") or type(model).__name__}

@@ -51,6 +51,16 @@ def chains(methods: list[Any]) -> list[list[Any]]:
     return found
 
 
+def check_start(methods: list[Any], after: bool) -> None:
+    """Refuse a recipe that begins with a method that only refines, where there is nothing to refine."""
+    first = chains(methods)[0][0]
+    if first.refines is True and not after:
+        raise PumiceError(
+            f"{first.name} starts from the masks of another method. Name one before it, such as --method "
+            f"wanda+{first.name}, or give the folder of a pruned model to start from (--after, `after=`)."
+        )
+
+
 def _same_sites(one: Any, other: Any) -> bool:
     return (one.kinds, one.where) == (other.kinds, other.where)
 

@@ -92,8 +92,8 @@ class BlockRun:
         missing = [site.name for site in self.sites if not isinstance(self.before.get(site.name), Mask)]
         if missing:
             raise PumiceError(
-                f"{name} starts from the masks of another method, and {missing[0]} has none. Name one before it, such "
-                f"as --method wanda+{name}, or give a plan (`after`)."
+                f"{name} starts from the masks of another method, and {missing[0]} has none: the method or the plan "
+                f"before it leaves it out. Give {name} the same `where`."
             )
         return self.before
 

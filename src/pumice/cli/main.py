@@ -29,7 +29,7 @@ app = typer.Typer(
 METHOD_FLAGS = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="hub name, folder, .gguf file, or smollm2")]
-Method = Annotated[str | None, typer.Option(help="a method; its settings follow as flags, such as --sparsity 0.5")]
+Method = Annotated[str | None, typer.Option(help="a method (`pumice methods`), or A+B; its settings follow as flags")]
 Recipe = Annotated[str | None, typer.Option(help="a YAML file with several methods")]
 Data = Annotated[str, typer.Option(help="text: builtin, wikitext2, c4, file:PATH, file:PATH.jsonl#field")]
 Windows = Annotated[int, typer.Option(min=1, help="how many windows of text")]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pumice import recipe
 from pumice.cli import given, ranks
 from pumice.cli.given import check_exec, check_length, is_plain, open_model, quiet_libraries, refuse_sparse
 from pumice.cli.say import emit, note, page, plain, print_notes, print_rows, recipe_name, sheet, sparse_part
@@ -34,6 +35,7 @@ def sparsify(
 
     check_target(out)
     check(text["data"])
+    recipe.check_start(methods, "after" in text)
     with parallel.joined() as first:
         parallel.check(methods)
         loaded, before = open_model(model, dtype, device)

@@ -13,7 +13,10 @@ from rich.table import Table
 from pumice import registry
 
 DECIDED = {"static": "once", "prompt": "per prompt", "token": "per token"}
-WHERE = "Every method also takes `where`: the sites that it decides, as a glob over their names or `re:` and a regex."
+WHERE = (
+    "Every method also takes `where`: the sites that it decides, as a glob over their names or `re:` and a regex.\n"
+    "`A+B` runs B on the masks of A. allocation: uniform, {}."
+)
 PAPER = re.compile(r"arXiv:(\d{4}\.\d{4,5})")
 
 
@@ -73,7 +76,13 @@ def about(docstring: str) -> str:
 
 def table() -> Table:
     """For a terminal."""
-    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="bold", caption=WHERE)
+    found = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        header_style="bold",
+        caption=WHERE.format(", ".join(registry.allocations())),
+    )
     found.caption_style, found.caption_justify = "", "left"
     for column in ("method", "decided", "what it does", "settings", "arXiv"):
         found.add_column(column, no_wrap=column not in ("what it does", "settings"), overflow="fold")

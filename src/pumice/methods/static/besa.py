@@ -47,7 +47,8 @@ class BESA(Budget):
     def __post_init__(self):
         Budget.__post_init__(self)
         if isinstance(self.pattern, NM) or self.allocation != "uniform":
-            raise PumiceError("besa decides itself how sparse each matrix is: leave out N:M patterns and allocation.")
+            given = f"pattern={self.pattern}" if isinstance(self.pattern, NM) else f"allocation={self.allocation}"
+            raise PumiceError(f"besa decides itself how sparse each matrix is: leave out {given}.")
         if self.bits not in (0, 4, 8) or self.group < 1 or self.epochs < 0 or not self.lr > 0 or self.rows < 1:
             raise PumiceError("besa: bits is 0, 4 or 8, group and rows at least 1, epochs at least 0 and lr above 0.")
 
