@@ -1,12 +1,16 @@
 """Claim: what each weight-pruning method costs and keeps, on one calibration and one test, in classes never mixed.
 
     python bench/pruning.py --test FILE --c4 FILE --wikitext FILE [--only TEXT] [--minutes N]     SmolLM2, hours
+    python bench/pruning.py … --quick                                                             SmolLM2, half an hour
     python bench/pruning.py --plot                                                                the picture alone
 
 64 × 512 calibration tokens, of C4 (the headline) or of WikiText-2 train (in-domain, the ablation); scored on 64
-windows of 512 and 16 of 2,048 of WikiText-2 test. Every run is a process of its own, whose peak memory it reports, and
-is added to `results/pruning.json` when it ends: a killed bench goes on with the next run, and `--minutes` stops
-beginning new ones. Ratios to dense and to Wanda carry a paired bootstrap over windows.
+windows of 512 and 16 of 2,048 of WikiText-2 test. `--quick`: 50 % only, 16 × 512 tokens of WikiText-2 train, 8 windows
+of 512, into `results/pruning_quick.json`; its intervals are wide.
+
+Every run is a process of its own, whose peak memory it reports, and is added to the results when it ends: a killed
+bench goes on with the next run, and `--minutes` stops beginning new ones. Ratios to dense and to Wanda carry a paired
+bootstrap over windows.
 
 Expected: BESA by rows < BESA by matrices < Wanda < magnitude among masks; ADMM < SparseGPT among weight updates, block
 reconstruction on top of ADMM lowest; every gap wider at 70 % than at 30 %.
@@ -34,32 +38,54 @@ from pumice.eval.perplexity import combine, paired_ratio, perplexity
 from pumice.report.rows import machine
 
 RESULTS = Path(__file__).parent / "results"
-TABLE = RESULTS / "pruning.json"
 MASK = "mask only"
 UPDATE = "mask + weight update"  # solved for, without gradients
 TRAINED = "+ training"  # the kept weights of each block are trained on the calibration text
-TESTS = {"64x512": (512, 64), "16x2048": (2048, 16)}
-SPARSITIES = [0.5, "2:4", 0.7, 0.6, 0.3]  # what is missing after an interruption is the least asked for
 
 METHODS: list[tuple[str, str, list[dict]]] = [
     (MASK, "magnitude", [{"method": "magnitude"}]),
     (MASK, "wanda", [{"method": "wanda"}]),
     (UPDATE, "sparsegpt", [{"method": "sparsegpt"}]),
     (UPDATE, "admm", [{"method": "admm"}]),
+    (UPDATE, "admm, sensitivity", [{"method": "admm", "allocation": "sensitivity"}]),
+    (MASK, "besa, rows", [{"method": "besa", "granularity": "row", "epochs": 1}]),
+    (MASK, "besa, matrices", [{"method": "besa", "granularity": "layer", "epochs": 1}]),
     (MASK, "wanda+dsnot", [{"method": "wanda"}, {"method": "dsnot"}]),
     (TRAINED, "admm+reconstruct", [{"method": "admm"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
     (MASK, "wanda, owl", [{"method": "wanda", "allocation": "owl"}]),
     (MASK, "wanda, sensitivity", [{"method": "wanda", "allocation": "sensitivity"}]),
     (UPDATE, "isc, sensitivity", [{"method": "isc", "allocation": "sensitivity"}]),
-    (MASK, "besa, matrices", [{"method": "besa", "granularity": "layer", "epochs": 1}]),
-    (MASK, "besa, rows", [{"method": "besa", "granularity": "row", "epochs": 1}]),
-    (UPDATE, "admm, sensitivity", [{"method": "admm", "allocation": "sensitivity"}]),
     (UPDATE, "admm, besa", [{"method": "admm", "allocation": "besa"}]),
     (UPDATE, "isc", [{"method": "isc"}]),
     (TRAINED, "wanda+reconstruct", [{"method": "wanda"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
     (MASK, "wanda, evopress", [{"method": "wanda", "allocation": "evopress"}]),
     (UPDATE, "admm, evopress", [{"method": "admm", "allocation": "evopress"}]),
 ]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What is measured; runs come in this order, so that what an interruption leaves out is the least asked for."""
+
+    file: str
+    windows: int  # of 512 calibration tokens
+    tests: dict[str, tuple[int, int]]  # name -> tokens in a window, windows
+    sparsities: list[float | str]
+    calibrations: tuple[str, ...]
+    seeds: tuple[int, ...]  # at 50 %
+
+    @property
+    def first(self) -> str:
+        return next(iter(self.tests))
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / self.file
+
+
+TESTS = {"64x512": (512, 64), "16x2048": (2048, 16)}
+FULL = Protocol("pruning.json", 64, TESTS, [0.5, "2:4", 0.7, 0.6, 0.3], ("c4", "wikitext"), (0, 1, 2))
+QUICK = Protocol("pruning_quick.json", 16, {"8x512": (512, 8)}, [0.5], ("wikitext",), (0,))
 
 
 @dataclass(frozen=True)
@@ -79,17 +105,17 @@ class Run:
         return f"{self.model} | {self.name} | {self.sparsity} | {self.calibration} | seed {self.seed}"
 
 
-def runs() -> list[Run]:
+def runs(protocol: Protocol) -> list[Run]:
     """Every run of the table, the headline first."""
     found = []
-    for sparsity in SPARSITIES:
-        for calibration in ("c4", "wikitext"):
+    for sparsity in protocol.sparsities:
+        for calibration in protocol.calibrations:
             found += [Run(kind, name, sparsity, calibration, 0, _at(recipe, sparsity))
                       for kind, name, recipe in METHODS if not (isinstance(sparsity, str) and _unstructured(recipe))
-                      and not (name == "magnitude" and calibration != "c4")]  # fmt: skip
+                      and not (name == "magnitude" and calibration != protocol.calibrations[0])]  # fmt: skip
         if sparsity == 0.5:
-            found += [Run(kind, name, 0.5, "c4", seed, _at(recipe, 0.5, seed))
-                      for seed in (1, 2) for kind, name, recipe in METHODS if name != "magnitude"]  # fmt: skip
+            found += [Run(kind, name, 0.5, "c4", seed, _at(recipe, 0.5, seed)) for seed in protocol.seeds[1:]
+                      for kind, name, recipe in METHODS if name != "magnitude"]  # fmt: skip
     return found
 
 
@@ -106,11 +132,11 @@ def _at(recipe: list[dict], sparsity: float | str, seed: int = 0) -> list[dict]:
     return [{**seeded[0], **first}, *seeded[1:]]
 
 
-def one(run: Run, options: argparse.Namespace) -> dict:
+def one(run: Run, protocol: Protocol, options: argparse.Namespace) -> dict:
     """Prune, then score; the peak memory is that of pruning."""
     model, tokenizer = pumice.load(run.model)
     source = getattr(options, run.calibration)
-    text = tokens(f"file:{source}", tokenizer, windows=64, window=512, seed=run.seed)
+    text = tokens(f"file:{source}", tokenizer, windows=protocol.windows, window=512, seed=run.seed)
     resident = _peak()
     start = time.perf_counter()
     plan = pumice.sparsify(model, run.recipe, text, check=False, resume=False)  # resumed, its minutes would be wrong
@@ -118,13 +144,13 @@ def one(run: Run, options: argparse.Namespace) -> dict:
     row = asdict(run) | {"achieved": plan.sparsity(), "minutes": round(minutes, 2), "peak_GB": round(_peak(), 2)}
     row |= {"resident_GB": round(resident, 2), "notes": plan.measurements.get("notes", [])}
     with plan.applied(model):
-        return row | {"losses": scores(model, tokenizer, options.test)}
+        return row | {"losses": scores(model, tokenizer, options.test, protocol)}
 
 
-def scores(model, tokenizer, file: str) -> dict[str, list[float]]:
+def scores(model, tokenizer, file: str, protocol: Protocol) -> dict[str, list[float]]:
     """Mean NLL of every test window."""
     found = {}
-    for name, (window, count) in TESTS.items():
+    for name, (window, count) in protocol.tests.items():
         windows = tokens(f"file:{file}", tokenizer, window=window, windows=count, order="sequential", split="test")
         found[name] = [round(loss, 6) for loss in perplexity(model, windows).losses]
     return found
@@ -134,16 +160,17 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
 
-def read() -> dict:
-    return json.loads(TABLE.read_text()) if TABLE.exists() else {"dense": {}, "rows": {}}
+def read(protocol: Protocol) -> dict:
+    return json.loads(protocol.path.read_text()) if protocol.path.exists() else {"dense": {}, "rows": {}}
 
 
-def finished(data: dict) -> dict:
+def finished(data: dict, protocol: Protocol) -> dict:
     """The table with perplexities, their errors and the ratios, all from the windows' losses."""
-    for test, (window, _) in TESTS.items():
+    data |= {"calibration_windows": protocol.windows, "tests": list(protocol.tests)}
+    for test, (window, _) in protocol.tests.items():
         data[f"perplexity_{test}"] = round(_scored(data["dense"][test], window).perplexity, 3)
     for row in data["rows"].values():
-        for test, (window, count) in TESTS.items():
+        for test, (window, count) in protocol.tests.items():
             mine = _scored(row["losses"][test], window)
             row[f"perplexity_{test}"], row[f"error_{test}"] = round(mine.perplexity, 3), round(mine.standard_error, 3)
             against = {"dense": data["dense"], "wanda": data["rows"].get(_wanda(row), {}).get("losses", {})}
@@ -162,7 +189,7 @@ def _scored(losses: list[float], window: int):
     return combine(losses, (window - 1) * len(losses), {})
 
 
-def table(data: dict) -> str:
+def table(data: dict, protocol: Protocol) -> str:
     """Markdown, one ranking for each class, sparsity and calibration."""
     lines = []
     groups: dict[tuple, list[dict]] = {}
@@ -170,26 +197,26 @@ def table(data: dict) -> str:
         groups.setdefault((str(row["sparsity"]), row["calibration"], row["kind"]), []).append(row)
     for (sparsity, calibration, kind), rows in sorted(groups.items()):
         lines += [f"\n**{kind}**, {sparsity}, calibrated on {calibration}\n"]
-        lines += [
-            "| method | seed | 64×512 | ×Wanda [95 %] | 16×2048 | minutes | peak GB |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in sorted(rows, key=lambda row: row["perplexity_64x512"]):
-            ratio = row.get("ratio_to_wanda_64x512")
+        header = ["method", "seed", *protocol.tests, "×Wanda [95 %]", "minutes", "peak GB"]
+        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for row in sorted(rows, key=lambda row: row[f"perplexity_{protocol.first}"]):
+            ratio = row.get(f"ratio_to_wanda_{protocol.first}")
             against = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]" if ratio else ""
-            cells = [row["name"], row["seed"], f"{row['perplexity_64x512']:.2f} ± {row['error_64x512']:.2f}", against,
-                     f"{row['perplexity_16x2048']:.2f}", f"{row['minutes']:.1f}", f"{row['peak_GB']:.1f}"]  # fmt: skip
+            found = [f"{row[f'perplexity_{test}']:.2f} ± {row[f'error_{test}']:.2f}" for test in protocol.tests]
+            cells = [row["name"], row["seed"], *found, against, f"{row['minutes']:.1f}", f"{row['peak_GB']:.1f}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
-def plot(data: dict) -> None:
+def plot(data: dict, protocol: Protocol) -> None:
     """Perplexity over sparsity, a panel for each class, C4 calibration, seed 0."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    if protocol is QUICK:  # one sparsity is no picture
+        return
     rows = [row for row in data["rows"].values() if row["calibration"] == "c4" and row["seed"] == 0]
     rows = [row for row in rows if isinstance(row["sparsity"], float)]
     kinds = [kind for kind in (MASK, UPDATE, TRAINED) if any(row["kind"] == kind for row in rows)]
@@ -222,17 +249,19 @@ def main() -> None:
     parser.add_argument("--wikitext", help="WikiText-2 train text")
     parser.add_argument("--only", default="", help="runs whose key holds this: `0.5 | c4`")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
+    parser.add_argument("--quick", action="store_true", help="the small protocol")
     parser.add_argument("--plot", action="store_true", help="only make the table and the picture anew")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    protocol = QUICK if options.quick else FULL
     if options.one:
-        print(json.dumps(one(Run(**json.loads(options.one)), options)))
+        print(json.dumps(one(Run(**json.loads(options.one)), protocol, options)))
         return
-    data, began = read(), time.monotonic()
+    data, began = read(protocol), time.monotonic()
     if not options.plot:
         if not data["dense"]:
-            data["dense"] = scores(*pumice.load("smollm2"), options.test)
-        wanted = [run for run in runs() if options.only in run.key and run.key not in data["rows"]]
+            data["dense"] = scores(*pumice.load("smollm2"), options.test, protocol)
+        wanted = [run for run in runs(protocol) if options.only in run.key and run.key not in data["rows"]]
         for number, run in enumerate(wanted, 1):
             if time.monotonic() - began > 60 * options.minutes:
                 print(f"{len(wanted) - number + 1} runs are left; the same command goes on with them.")
@@ -242,14 +271,18 @@ def main() -> None:
             if row is None:
                 print(f"  failed: {run.key}", flush=True)
                 continue
-            data = read() | {"dense": data["dense"], "machine": machine(), "torch_threads": torch.get_num_threads()}
+            data = read(protocol) | {
+                "dense": data["dense"],
+                "machine": machine(),
+                "torch_threads": torch.get_num_threads(),
+            }
             data["rows"][run.key] = row
-            text = json.dumps(finished(data), indent=1, ensure_ascii=False) + "\n"
-            write(TABLE, lambda path, text=text: path.write_text(text))
-            print(f"  {row['perplexity_64x512']} in {row['minutes']} min, {row['peak_GB']} GB", flush=True)
+            text = json.dumps(finished(data, protocol), indent=1, ensure_ascii=False) + "\n"
+            write(protocol.path, lambda path, text=text: path.write_text(text))
+            print(f"  {row[f'perplexity_{protocol.first}']} in {row['minutes']} min, {row['peak_GB']} GB", flush=True)
     if data["rows"]:
-        print(table(finished(data)))
-        plot(data)
+        print(table(finished(data, protocol), protocol))
+        plot(data, protocol)
 
 
 if __name__ == "__main__":

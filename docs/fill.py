@@ -93,28 +93,30 @@ def _prompt_level(name: str) -> list[str]:
 
 
 def _pruning(name: str) -> list[str]:
-    data = _read("pruning.json")
-    rows = [row for row in data["rows"].values() if _decides(row, name)] if data else []
+    files = {"": "pruning.json", " --quick": "pruning_quick.json"}
+    return [table for flag, file in files.items() if (data := _read(file)) for table in _pruned(name, data, flag)]
+
+
+def _pruned(name: str, data: dict, flag: str) -> list[str]:
+    rows = [row for row in data["rows"].values() if _decides(row, name)]
     if not rows:
         return []
+    tests = data["tests"]
+    dense = " and ".join(f"{data[f'perplexity_{test}']:.2f}" for test in tests)
     title = (
-        f"`python bench/pruning.py`: smollm2, 64 × 512 calibration tokens, perplexity of WikiText-2 test (64 windows "
-        f"of 512; 16 of 2,048); dense {data['perplexity_64x512']:.2f} and {data['perplexity_16x2048']:.2f}; "
-        f"{_on(data['machine'])}. "
+        f"`python bench/pruning.py{flag}`: smollm2, {data['calibration_windows']} × 512 calibration tokens, perplexity "
+        f"of WikiText-2 test (windows × tokens); dense {dense}; {_on(data['machine'])}. "
         "The weights of this model were once rounded to about 4 bits."
     )
     cells = []
     for row in sorted(rows, key=lambda row: (row["name"], str(row["sparsity"]), row["calibration"], row["seed"])):
-        ratio = row.get("ratio_to_wanda_64x512")
+        ratio = row.get(f"ratio_to_wanda_{tests[0]}")
         against = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]" if ratio else ""
-        scores = [
-            f"{row['perplexity_64x512']:.2f} ± {row['error_64x512']:.2f}",
-            against,
-            f"{row['perplexity_16x2048']:.2f}",
-        ]
+        scores = [f"{row[f'perplexity_{test}']:.2f} ± {row[f'error_{test}']:.2f}" for test in tests]
         costs = [f"{row['minutes']:.1f}", f"{row['peak_GB']:.1f} GB"]
-        cells.append([row["name"], str(row["sparsity"]), f"{row['calibration']}, seed {row['seed']}", *scores, *costs])
-    header = ["method", "sparsity", "calibration", "512", "over Wanda, 95 %", "2,048", "minutes", "peak memory"]
+        what = [row["name"], str(row["sparsity"]), f"{row['calibration']}, seed {row['seed']}"]
+        cells.append([*what, *scores, against, *costs])
+    header = ["method", "sparsity", "calibration", *tests, "over Wanda, 95 %", "minutes", "peak memory"]
     return [_table(title, header, cells)]
 
 
