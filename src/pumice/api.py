@@ -8,12 +8,10 @@ with plan.applied(model):
 from __future__ import annotations
 
 import fnmatch
-import hashlib
-import json
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -29,16 +27,16 @@ from pumice.budget import apportion
 from pumice.calib import parallel
 from pumice.calib.block import BlockRun
 from pumice.calib.data import Windows, tokens
-from pumice.calib.journal import Journal
+from pumice.calib.digest import Digesting
+from pumice.calib.journals import Beside, Journals, identity
 from pumice.calib.spill import DEFAULT_GB, Spill
 from pumice.calib.stats import SiteStats
 from pumice.calib.stream import GROUP, Source, verify
 from pumice.calib.work import Work
-from pumice.disk import cache_dir, write
 from pumice.errors import PumiceError
 from pumice.forms import Form, Mask, Slim
 from pumice.hub.save import ShardWriter
-from pumice.plan import Plan, fingerprint, fingerprint_model, tensor_digest
+from pumice.plan import Plan, fingerprint_model
 from pumice.runtime.attach import applied, attach, check_unspliced
 from pumice.sites import Block, Site
 
@@ -100,7 +98,7 @@ def sparsify(
             )
         weights_so_far = replace(plan, select={})
         with applied(model, weights_so_far, exec="reference", check=False) if plan.weights else nullcontext():
-            journals = _Journals(model, chain, text, base, after or plan, on=resume and needs_text(chain))
+            journals = Journals(model, chain, text, base, after or plan, on=resume and needs_text(chain))
             settings = {"journals": journals, "spill": Spill(memory), "after": after, "check": check}
             plan = plan.merge(_solve(model, chain, text, Resident(model), base, **settings))
         journals.finish()
@@ -138,10 +136,10 @@ def sparsify_folder(
     text = None
     if needs_text(chain):
         text = _windows(data, tokenizer, windows=windows, window=window, seed=seed, bos=bos)
-    run = str((*map(recipe.describe, chain), _identity(text), __version__))
+    run = str((*map(recipe.describe, chain), identity(text), __version__))
     writer = ShardWriter(folder, out, run=run, resume=resume)
-    journals = _Beside(writer.partial)  # beside the shards it speaks of, so that neither is found without the other
-    watched = _Digesting(source, writer.partial / "digests.json")
+    journals = Beside(writer.partial)  # beside the shards it speaks of, so that neither is found without the other
+    watched = Digesting(source, writer.partial / "digests.json")
 
     def done(block: Block, forms: dict[str, Form]) -> None:
         if any(not isinstance(form, Mask) for form in forms.values()):
@@ -166,41 +164,6 @@ def sparsify_folder(
         shutil.rmtree(spill, ignore_errors=True)
         writer.publish()
     return plan
-
-
-class _Digesting:
-    """A source that takes digests of the parameters that pass, for the fingerprints of a model that is never whole.
-
-    They are kept in a file beside the journal, since a resumed run does not see the first blocks again.
-    """
-
-    def __init__(self, source: Shards, path: Path) -> None:
-        self.source, self.path = source, path
-        self.digests = json.loads(path.read_text()) if path.exists() else {"fingerprint": {}, "applied": {}}
-
-    def load_rest(self) -> None:
-        self.source.load_rest()
-        rest = [(key, p) for key, p in self.source.model.named_parameters() if not p.is_meta]
-        self.note("fingerprint", rest)
-        self.note("applied", rest)
-
-    def load(self, block: nn.Module, name: str) -> None:
-        self.source.load(block, name)
-        self.note("fingerprint", ((f"{name}.{key}", p) for key, p in block.named_parameters()))
-
-    def release_rest(self) -> None:
-        self.source.release_rest()
-
-    def release(self, block: nn.Module, name: str) -> None:
-        self.source.release(block, name)
-
-    def note(self, which: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
-        self.digests[which] |= {key: tensor_digest(key, tensor).hex() for key, tensor in parameters}
-        write(self.path, lambda path: path.write_text(json.dumps(self.digests)))
-
-    def fingerprints(self) -> dict[str, str]:
-        """Of the base, and of the weights that were written."""
-        return {which: fingerprint(map(bytes.fromhex, found.values())) for which, found in self.digests.items()}
 
 
 def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, journals, spill, after=None,
@@ -308,60 +271,6 @@ def _check_slims(methods: list[Any], after: Plan | None) -> None:
 
 def _named(chain: list[Any]) -> str:
     return "+".join(one.name for one in chain)
-
-
-class _Journals:
-    """The journals of one chain on these weights, one for each part of its work.
-
-    The weights' fingerprint is one in fp32 and bf16, their masks are not.
-    """
-
-    def __init__(self, model, chain, text: Windows | None, base: dict, before: Plan, on: bool) -> None:
-        made = (model.dtype, model.device.type, torch.__version__, __version__, parallel.rank(), parallel.world())
-        said = before.recipe, _digest(before)
-        self.key = (base["fingerprint"], *said, *map(recipe.describe, chain), _identity(text), *made)
-        self.on, self.opened = on, []
-
-    def __call__(self, what: str) -> Journal | None:
-        if not self.on:
-            return None
-        self.opened.append(Journal(cache_dir(), *self.key, what))
-        return self.opened[-1]
-
-    def finish(self) -> None:
-        for journal in self.opened:
-            journal.finish()
-
-
-class _Beside:
-    """Journals in a folder of their own."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.opened = folder, []
-
-    def __call__(self, what: str) -> Journal:
-        self.opened.append(Journal(self.folder, what))
-        return self.opened[-1]
-
-    finish = _Journals.finish
-
-
-def _digest(plan: Plan) -> str:
-    """Of the masks and their values: two plans of one recipe may come from two texts."""
-    found = hashlib.sha256()
-    for name, form in sorted(plan.weights.items()):
-        found.update(name.encode())
-        for tensor in (getattr(form, "bits", None), getattr(form, "values", None), getattr(form, "kept", None)):
-            if tensor is not None:
-                found.update(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def _identity(text: Windows | None) -> tuple | None:
-    """What tells one calibration text from another: how it was drawn, its tokens, and which of them count."""
-    if text is None:
-        return None
-    return text.protocol, *(hashlib.sha256(t.cpu().numpy().tobytes()).hexdigest() for t in (text.ids, text.valid))
 
 
 def choose_sites(arch: Arch, method: Any) -> list[Site]:

@@ -22,7 +22,7 @@ tags: [pumice, sparse]
 ---
 # {name}, sparse and packed
 
-Made by [Pumice](https://pypi.org/project/pumice/): {recipe}. The zeros of {count} matrices are not stored; their kept
+Made by Pumice: {recipe}. The zeros of {count} matrices are not stored; their kept
 weights are, as {kind}. **Import Pumice before loading**, or transformers makes these matrices random:
 
 ```python
