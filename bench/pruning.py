@@ -49,7 +49,7 @@ METHODS: list[tuple[str, str, list[dict]]] = [
     (UPDATE, "admm", [{"method": "admm"}]),
     (UPDATE, "admm, sensitivity", [{"method": "admm", "allocation": "sensitivity"}]),
     (MASK, "besa, rows", [{"method": "besa", "granularity": "row", "epochs": 1}]),
-    (MASK, "besa, matrices", [{"method": "besa", "granularity": "layer", "epochs": 1, "lr": 0.05}]),
+    (MASK, "besa, matrices", [{"method": "besa", "granularity": "layer", "epochs": 1}]),
     (MASK, "wanda+dsnot", [{"method": "wanda"}, {"method": "dsnot"}]),
     (TRAINED, "admm+reconstruct", [{"method": "admm"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
     (MASK, "wanda, owl", [{"method": "wanda", "allocation": "owl"}]),

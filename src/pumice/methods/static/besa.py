@@ -37,7 +37,7 @@ class BESA(Budget):
     order: Literal["wanda", "sparsegpt", "magnitude"] = "wanda"
     reference: Literal["stream", "dense"] = "stream"
     epochs: int = 4
-    lr: float = 0.02  # of AdamW; rows get noisy gradients: 0.05 costs them what they gain over whole matrices
+    lr: float = 0.05  # of AdamW
     penalty: float = 5.0
     rows: int = 1  # windows in a step
     bits: int = 0  # 4 or 8: quantise too
