@@ -1,12 +1,15 @@
 """Claim: what each weight-pruning method costs and keeps, on one calibration and one test, in classes never mixed.
 
     python bench/pruning.py --test FILE --c4 FILE --wikitext FILE [--only TEXT] [--minutes N]     SmolLM2, hours
-    python bench/pruning.py … --quick                                                             SmolLM2, half an hour
+    python bench/pruning.py … --quick                                                             SmolLM2, an hour
+    python bench/pruning.py … --large MODEL                                     another model at 50 %, what fits, hours
     python bench/pruning.py --plot                                                                the picture alone
 
 64 × 512 calibration tokens, of C4 (the headline) or of WikiText-2 train (in-domain, the ablation); scored on 64
-windows of 512 and 16 of 2,048 of WikiText-2 test. `--quick`: 50 % only, 16 × 512 tokens of WikiText-2 train, 8 windows
-of 512, into `results/pruning_quick.json`; its intervals are wide.
+windows of 512 and 16 of 2,048 of WikiText-2 test. Every method at 50 and 70 % and, where it has such a form, at 2:4;
+at 30 and 60 %, with other seeds (50 %) and on the other text (50 %) those that the table is about, `CORE`. A seed
+chooses the calibration windows too. `--quick`: 50 % only, 16 × 512 tokens of WikiText-2 train, 8 windows of 512, into
+`results/pruning_quick.json`; its intervals are wide. `--large`: 16 × 512 tokens of C4, 16 windows of 512.
 
 Every run is a process of its own, whose peak memory it reports, and is added to the results when it ends: a killed
 bench goes on with the next run, and `--minutes` stops beginning new ones. Ratios to dense and to Wanda carry a paired
@@ -48,8 +51,9 @@ METHODS: list[tuple[str, str, list[dict]]] = [
     (UPDATE, "sparsegpt", [{"method": "sparsegpt"}]),
     (UPDATE, "admm", [{"method": "admm"}]),
     (UPDATE, "admm, sensitivity", [{"method": "admm", "allocation": "sensitivity"}]),
-    (MASK, "besa, rows", [{"method": "besa", "granularity": "row", "epochs": 1}]),
-    (MASK, "besa, matrices", [{"method": "besa", "granularity": "layer", "epochs": 1}]),
+    (MASK, "besa, rows", [{"method": "besa", "granularity": "row"}]),
+    (MASK, "besa, matrices", [{"method": "besa", "granularity": "layer"}]),
+    (MASK, "besa, rows, sensitivity", [{"method": "besa", "granularity": "row", "allocation": "sensitivity"}]),
     (MASK, "wanda+dsnot", [{"method": "wanda"}, {"method": "dsnot"}]),
     (TRAINED, "admm+reconstruct", [{"method": "admm"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
     (MASK, "wanda, owl", [{"method": "wanda", "allocation": "owl"}]),
@@ -63,6 +67,21 @@ METHODS: list[tuple[str, str, list[dict]]] = [
 ]
 
 
+CORE = ("magnitude", "wanda", "wanda+dsnot", "besa, matrices", "besa, rows", "besa, rows, sensitivity", "sparsegpt",
+        "admm", "admm, sensitivity", "admm+reconstruct")  # fmt: skip
+FIT = ("magnitude", "wanda", "sparsegpt", "admm", "admm, sensitivity")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some runs of a protocol."""
+
+    sparsity: float | str  # a fraction, or an N:M pattern
+    calibration: str = "c4"  # or wikitext
+    seed: int = 0
+    names: tuple[str, ...] = tuple(name for _, name, _ in METHODS)
+
+
 @dataclass(frozen=True)
 class Protocol:
     """What is measured; runs come in this order, so that what an interruption leaves out is the least asked for."""
@@ -70,9 +89,8 @@ class Protocol:
     file: str
     windows: int  # of 512 calibration tokens
     tests: dict[str, tuple[int, int]]  # name -> tokens in a window, windows
-    sparsities: list[float | str]
-    calibrations: tuple[str, ...]
-    seeds: tuple[int, ...]  # at 50 %
+    parts: tuple[Part, ...]
+    model: str = "smollm2"
 
     @property
     def first(self) -> str:
@@ -84,8 +102,17 @@ class Protocol:
 
 
 TESTS = {"64x512": (512, 64), "16x2048": (2048, 16)}
-FULL = Protocol("pruning.json", 64, TESTS, [0.5, "2:4", 0.7, 0.6, 0.3], ("c4", "wikitext"), (0, 1, 2))
-QUICK = Protocol("pruning_quick.json", 16, {"8x512": (512, 8)}, [0.5], ("wikitext",), (0,))
+PARTS = (Part(0.5), Part(0.7, names=CORE), Part("2:4"), Part(0.6, names=CORE), Part(0.3, names=CORE),
+         Part(0.5, "wikitext", names=CORE), Part(0.5, seed=1, names=CORE), Part(0.5, seed=2, names=CORE),
+         Part(0.7))  # fmt: skip
+FULL = Protocol("pruning.json", 64, TESTS, PARTS)
+QUICK = Protocol("pruning_quick.json", 16, {"8x512": (512, 8)}, (Part(0.5, "wikitext"),))
+
+
+def protocol_of(options: argparse.Namespace) -> Protocol:
+    if options.large:
+        return Protocol("pruning_large.json", 16, {"16x512": (512, 16)}, (Part(0.5, names=FIT),), options.large)
+    return QUICK if options.quick else FULL
 
 
 @dataclass(frozen=True)
@@ -98,7 +125,7 @@ class Run:
     calibration: str  # c4 or wikitext
     seed: int
     recipe: list[dict]
-    model: str = "smollm2"
+    model: str
 
     @property
     def key(self) -> str:
@@ -107,16 +134,14 @@ class Run:
 
 def runs(protocol: Protocol) -> list[Run]:
     """Every run of the table, the headline first."""
-    found = []
-    for sparsity in protocol.sparsities:
-        for calibration in protocol.calibrations:
-            found += [Run(kind, name, sparsity, calibration, 0, _at(recipe, sparsity))
-                      for kind, name, recipe in METHODS if not (isinstance(sparsity, str) and _unstructured(recipe))
-                      and not (name == "magnitude" and calibration != protocol.calibrations[0])]  # fmt: skip
-        if sparsity == 0.5:
-            found += [Run(kind, name, 0.5, "c4", seed, _at(recipe, 0.5, seed)) for seed in protocol.seeds[1:]
-                      for kind, name, recipe in METHODS if name != "magnitude"]  # fmt: skip
-    return found
+    found = {}
+    for part in protocol.parts:
+        for kind, name, recipe in METHODS:
+            if name in part.names and not (isinstance(part.sparsity, str) and _unstructured(recipe)):
+                seeded = _at(recipe, part.sparsity, part.seed)
+                run = Run(kind, name, part.sparsity, part.calibration, part.seed, seeded, Path(protocol.model).name)
+                found[run.key] = run
+    return list(found.values())
 
 
 def _unstructured(recipe: list[dict]) -> bool:
@@ -124,7 +149,7 @@ def _unstructured(recipe: list[dict]) -> bool:
     return any(entry["method"] == "besa" or "allocation" in entry for entry in recipe)
 
 
-def _at(recipe: list[dict], sparsity: float | str, seed: int = 0) -> list[dict]:
+def _at(recipe: list[dict], sparsity: float | str, seed: int) -> list[dict]:
     first = {"pattern": sparsity} if isinstance(sparsity, str) else {"sparsity": sparsity}
     seeded = [{**entry, "seed": seed} if entry["method"] in ("besa", "reconstruct") else entry for entry in recipe]
     if seed and seeded[0].get("allocation") in ("besa", "evopress"):
@@ -134,7 +159,7 @@ def _at(recipe: list[dict], sparsity: float | str, seed: int = 0) -> list[dict]:
 
 def one(run: Run, protocol: Protocol, options: argparse.Namespace) -> dict:
     """Prune, then score; the peak memory is that of pruning."""
-    model, tokenizer = pumice.load(run.model)
+    model, tokenizer = pumice.load(protocol.model)
     source = getattr(options, run.calibration)
     text = tokens(f"file:{source}", tokenizer, windows=protocol.windows, window=512, seed=run.seed)
     resident = _peak()
@@ -215,7 +240,7 @@ def plot(data: dict, protocol: Protocol) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if protocol is QUICK:  # one sparsity is no picture
+    if protocol is not FULL:  # one sparsity is no picture
         return
     rows = [row for row in data["rows"].values() if row["calibration"] == "c4" and row["seed"] == 0]
     rows = [row for row in rows if isinstance(row["sparsity"], float)]
@@ -250,17 +275,18 @@ def main() -> None:
     parser.add_argument("--only", default="", help="runs whose key holds this: `0.5 | c4`")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--quick", action="store_true", help="the small protocol")
+    parser.add_argument("--large", metavar="MODEL", help="this model (a folder or .gguf file) at 50 %%")
     parser.add_argument("--plot", action="store_true", help="only make the table and the picture anew")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    protocol = QUICK if options.quick else FULL
+    protocol = protocol_of(options)
     if options.one:
         print(json.dumps(one(Run(**json.loads(options.one)), protocol, options)))
         return
     data, began = read(protocol), time.monotonic()
     if not options.plot:
         if not data["dense"]:
-            data["dense"] = scores(*pumice.load("smollm2"), options.test, protocol)
+            data["dense"] = scores(*pumice.load(protocol.model), options.test, protocol)
         wanted = [run for run in runs(protocol) if options.only in run.key and run.key not in data["rows"]]
         for number, run in enumerate(wanted, 1):
             if time.monotonic() - began > 60 * options.minutes:

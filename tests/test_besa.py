@@ -10,6 +10,7 @@ from pumice.calib.soft_mask import SoftMask, candidates, logits_of
 from pumice.errors import PumiceError
 from pumice.methods.static.admm import ADMM
 from pumice.methods.static.besa import BESA
+from pumice.methods.static.wanda import Wanda
 from tiny import FAMILIES, tiny
 
 IDS = torch.randint(3, 96, (6, 24), generator=torch.Generator().manual_seed(1))
@@ -133,3 +134,17 @@ def test_as_an_allocation_it_gives_its_shares_to_another_method():
         )
         for name, form in besa.weights.items():
             assert abs(admm.weights[name].removed - form.removed) <= 1
+
+
+@pytest.mark.parametrize("granularity", ["layer", "row"])
+def test_under_an_allocation_the_blocks_share_the_budget_as_it_says(granularity):
+    model = tiny("llama")
+    given = {"sparsity": 0.6, "allocation": "sensitivity(spread=0.3)"}
+    wanda = pumice.sparsify(model, Wanda(**given), IDS, resume=False)
+    besa = pumice.sparsify(model, BESA(granularity=granularity, lr=0.2, **given), IDS, resume=False)
+    gone = {plan: [0, 0] for plan in ("wanda", "besa")}
+    for plan, forms in (("wanda", wanda.weights), ("besa", besa.weights)):
+        for name, form in forms.items():
+            gone[plan]["layers.1." in name] += form.removed
+    assert gone["besa"] == gone["wanda"] and gone["besa"][0] != gone["besa"][1]
+    assert any(besa.weights[name].removed != form.removed for name, form in wanda.weights.items())

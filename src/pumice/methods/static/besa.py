@@ -46,9 +46,8 @@ class BESA(Budget):
 
     def __post_init__(self):
         Budget.__post_init__(self)
-        if isinstance(self.pattern, NM) or self.allocation != "uniform":
-            given = f"pattern={self.pattern}" if isinstance(self.pattern, NM) else f"allocation={self.allocation}"
-            raise PumiceError(f"besa decides itself how sparse each matrix is: leave out {given}.")
+        if isinstance(self.pattern, NM):
+            raise PumiceError(f"besa decides itself how sparse each matrix is: leave out pattern={self.pattern}.")
         if self.bits not in (0, 4, 8) or self.group < 1 or self.epochs < 0 or not self.lr > 0 or self.rows < 1:
             raise PumiceError("besa: bits is 0, 4 or 8, group and rows at least 1, epochs at least 0 and lr above 0.")
 
@@ -61,10 +60,12 @@ class BESA(Budget):
         for site in run.sites:
             score.setdefault(site.name, site.weight.abs())  # an expert that no token reached: by its weights alone
         weights = {site.name: site.weight for site in run.sites}
-        masks = {name: SoftMask(s, self.sparsity, self.units(s)) for name, s in score.items()}
+        share = {name: run.budget.get(name, self.sparsity) for name in score}
+        masks = {name: SoftMask(s, share[name], self.units(s)) for name, s in score.items()}
+        goal = sum(share[name] * s.numel() for name, s in score.items()) / sum(s.numel() for s in score.values())
         clips = {name: Clip(w, self.bits, self.group) for name, w in weights.items()} if self.bits else {}
-        self.train(run, weights, masks, clips)
-        keep = self.project(score, masks)
+        self.train(run, weights, masks, clips, goal)
+        keep = self.project(score, masks, goal)
         values = {name: clip(weights[name]).detach() for name, clip in clips.items()}
         return {name: Mask.keeping(keep[name], "free", values.get(name)) for name in keep}
 
@@ -80,7 +81,9 @@ class BESA(Budget):
             return weight / inverse_factor(stats[Hessian], 0.01)[0].diagonal()
         return weight
 
-    def train(self, run: BlockRun, weights: dict, masks: dict[str, SoftMask], clips: dict[str, Clip]) -> None:
+    def train(
+        self, run: BlockRun, weights: dict, masks: dict[str, SoftMask], clips: dict[str, Clip], goal: float
+    ) -> None:
         groups = [{"params": [mask.theta for mask in masks.values()], "lr": self.lr}]
         if clips:
             groups.append({"params": [clip.strength for clip in clips.values()], "lr": 0.1 * self.lr})
@@ -93,7 +96,7 @@ class BESA(Budget):
                     with torch.enable_grad():
                         quantised = {name: clips[name](w) if clips else w for name, w in weights.items()}
                         sparse = {name: mask(quantised[name]) for name, mask in masks.items()}
-                        (self.error(run, i, sparse) + self.over(masks)).backward()
+                        (self.error(run, i, sparse) + self.over(masks, goal)).backward()
                     adam.step()
                     adam.zero_grad()
                     bar.update()
@@ -107,21 +110,21 @@ class BESA(Budget):
         )
         return ((target - found) / target.norm(dim=0).clamp_min(1e-12)).square().sum() / target.shape[1]
 
-    def over(self, masks: dict[str, SoftMask]) -> Tensor:
-        """How far the block's mean sparsity is from the request, squared."""
+    def over(self, masks: dict[str, SoftMask], goal: float) -> Tensor:
+        """How far the block's mean sparsity is from its goal, squared."""
         total = sum(mask.size for mask in masks.values())
         mean = sum(mask.sparsity.mean() * mask.size for mask in masks.values()) / total
-        return self.penalty * ((mean - self.sparsity) / max(self.sparsity, 1e-6)).square()
+        return self.penalty * ((mean - goal) / max(goal, 1e-6)).square()
 
-    def project(self, score: dict[str, Tensor], masks: dict[str, SoftMask]) -> dict[str, Tensor]:
+    def project(self, score: dict[str, Tensor], masks: dict[str, SoftMask], goal: float) -> dict[str, Tensor]:
         """Masks near the learnt ones that remove exactly the block's budget."""
         learnt = {name: mask.sparsity.detach().cpu().tolist() for name, mask in masks.items()}
         if self.granularity == "layer":
             sizes = {name: s.numel() for name, s in score.items()}
-            exact = apportion({name: alpha[0] for name, alpha in learnt.items()}, sizes, self.sparsity)
+            exact = apportion({name: alpha[0] for name, alpha in learnt.items()}, sizes, goal)
             return {name: Row().keep(s, exact[name]) for name, s in score.items()}
         wanted = {(name, row): alpha for name, alphas in learnt.items() for row, alpha in enumerate(alphas)}
-        exact = apportion(wanted, {key: score[key[0]].shape[1] for key in wanted}, self.sparsity)
+        exact = apportion(wanted, {key: score[key[0]].shape[1] for key in wanted}, goal)
         keep = {}
         for name, s in score.items():
             counts = [round(exact[name, row] * s.shape[1]) for row in range(len(s))]
