@@ -93,7 +93,7 @@ def _prompt_level(name: str) -> list[str]:
 
 
 def _pruning(name: str) -> list[str]:
-    files = {"": "pruning.json", " --quick": "pruning_quick.json"}
+    files = {"": "pruning.json", " --large MODEL": "pruning_large.json", " --quick": "pruning_quick.json"}
     return [table for flag, file in files.items() if (data := _read(file)) for table in _pruned(name, data, flag)]
 
 
@@ -104,7 +104,7 @@ def _pruned(name: str, data: dict, flag: str) -> list[str]:
     tests = data["tests"]
     dense = " and ".join(f"{data[f'perplexity_{test}']:.2f}" for test in tests)
     title = (
-        f"`python bench/pruning.py{flag}`: smollm2, {data['calibration_windows']} × 512 calibration tokens, perplexity "
+        f"`python bench/pruning.py{flag}`: {rows[0]['model']}, {data['calibration_windows']} × 512 calibration tokens, perplexity "
         f"of WikiText-2 test (windows × tokens); dense {dense}; {_on(data['machine'])}. "
         "The weights of this model were once rounded to about 4 bits."
     )
@@ -121,7 +121,7 @@ def _pruned(name: str, data: dict, flag: str) -> list[str]:
 
 
 def _decides(row: dict, name: str) -> bool:
-    return any(name in (entry["method"], entry.get("allocation")) for entry in row["recipe"])
+    return any(name in (entry["method"], entry.get("allocation", "").partition("(")[0]) for entry in row["recipe"])
 
 
 def _streamed(name: str) -> list[str]:
