@@ -104,8 +104,8 @@ def _pruned(name: str, data: dict, flag: str) -> list[str]:
     tests = data["tests"]
     dense = " and ".join(f"{data[f'perplexity_{test}']:.2f}" for test in tests)
     title = (
-        f"`python bench/pruning.py{flag}`: {rows[0]['model']}, {data['calibration_windows']} × 512 calibration tokens, perplexity "
-        f"of WikiText-2 test (windows × tokens); dense {dense}; {_on(data['machine'])}. "
+        f"`python bench/pruning.py{flag}`: {rows[0]['model']}, {data['calibration_windows']} × 512 calibration "
+        f"tokens, perplexity of WikiText-2 test (windows × tokens); dense {dense}; {_on(data['machine'])}. "
         "The weights of this model were once rounded to about 4 bits."
     )
     cells = []
