@@ -60,6 +60,7 @@ METHODS: list[tuple[str, str, list[dict]]] = [
     (MASK, "wanda, sensitivity", [{"method": "wanda", "allocation": "sensitivity"}]),
     (UPDATE, "isc, sensitivity", [{"method": "isc", "allocation": "sensitivity"}]),
     (UPDATE, "admm, besa", [{"method": "admm", "allocation": "besa"}]),
+    (UPDATE, "admm, besa in sensitivity", [{"method": "admm", "allocation": "besa(blocks=sensitivity)"}]),
     (UPDATE, "isc", [{"method": "isc"}]),
     (TRAINED, "wanda+reconstruct", [{"method": "wanda"}, {"method": "reconstruct", "epochs": 2, "lr": 3e-4}]),
     (MASK, "wanda, evopress", [{"method": "wanda", "allocation": "evopress"}]),
@@ -68,7 +69,7 @@ METHODS: list[tuple[str, str, list[dict]]] = [
 
 
 CORE = ("magnitude", "wanda", "wanda+dsnot", "besa, matrices", "besa, rows", "besa, rows, sensitivity", "sparsegpt",
-        "admm", "admm, sensitivity", "admm+reconstruct")  # fmt: skip
+        "admm", "admm, sensitivity", "admm, besa in sensitivity", "admm+reconstruct")  # fmt: skip
 FIT = ("magnitude", "wanda", "sparsegpt", "admm", "admm, sensitivity")
 
 
@@ -152,8 +153,9 @@ def _unstructured(recipe: list[dict]) -> bool:
 def _at(recipe: list[dict], sparsity: float | str, seed: int) -> list[dict]:
     first = {"pattern": sparsity} if isinstance(sparsity, str) else {"sparsity": sparsity}
     seeded = [{**entry, "seed": seed} if entry["method"] in ("besa", "reconstruct") else entry for entry in recipe]
-    if seed and seeded[0].get("allocation") in ("besa", "evopress"):
-        seeded[0] = {**seeded[0], "allocation": f"{seeded[0]['allocation']}(seed={seed})"}
+    way, _, settings = seeded[0].get("allocation", "").rstrip(")").partition("(")
+    if seed and way in ("besa", "evopress"):
+        seeded[0] = {**seeded[0], "allocation": f"{way}({', '.join(filter(None, [settings, f'seed={seed}']))})"}
     return [{**seeded[0], **first}, *seeded[1:]]
 
 

@@ -148,3 +148,18 @@ def test_under_an_allocation_the_blocks_share_the_budget_as_it_says(granularity)
             gone[plan]["layers.1." in name] += form.removed
     assert gone["besa"] == gone["wanda"] and gone["besa"][0] != gone["besa"][1]
     assert any(besa.weights[name].removed != form.removed for name, form in wanda.weights.items())
+
+
+def test_as_an_allocation_its_blocks_lose_what_another_one_says():
+    model = tiny("llama")
+    gone = []
+    for allocation in ("sensitivity", "besa(blocks=sensitivity, lr=0.2)"):
+        for resume in (False, True):
+            plan = pumice.sparsify(model, Wanda(allocation=allocation), IDS, resume=resume)
+            blocks = [sum(f.removed for n, f in plan.weights.items() if f"layers.{i}." in n) for i in range(2)]
+            gone.append((blocks, [form.removed for form in plan.weights.values()]))
+    assert gone[0] == gone[1] and gone[2] == gone[3]
+    assert all(abs(a - b) <= 7 for a, b in zip(gone[0][0], gone[2][0], strict=True)) and gone[0][1] != gone[2][1]
+    for wrong, said in {"besa(blocks=besa)": "not learnt", "besa(blocks=owk)": "owl"}.items():
+        with pytest.raises(PumiceError, match=said):
+            Wanda(allocation=wrong)

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pumice import recipe
+from pumice.budget import apportion
 from pumice.calib import parallel
+from pumice.calib.block import BlockRun
 from pumice.calib.work import Work
+from pumice.errors import PumiceError
+from pumice.forms import Mask
 from pumice.methods.static.besa import BESA
 from pumice.registry import method
 
 
 @method("besa", kinds=["linear"])
 class BESAAllocation:
-    """One sparsity a matrix, every block as sparse; the method that runs afterwards chooses the weights."""
+    """One sparsity a matrix; the method that runs afterwards chooses the weights.
 
+    `blocks`: the allocation that says what each block loses and where its matrices start from.
+    """
+
+    blocks: str = "uniform"
     order: Literal["wanda", "sparsegpt", "magnitude"] = "wanda"
     reference: Literal["stream", "dense"] = "stream"
     epochs: int = 1
@@ -21,10 +30,29 @@ class BESAAllocation:
     penalty: float = 5.0
     seed: int = 0
 
+    def __post_init__(self):
+        if self.blocks.strip().startswith(self.name):
+            raise PumiceError(f"besa.blocks: what each block loses is not learnt; got {self.blocks!r}.")
+        if self.blocks != "uniform":
+            recipe.allocation(self.blocks)  # refuse what is misspelt before any work
+
     def allocate(self, work: Work, sparsity: float) -> dict[str, float]:
         settings = {name: getattr(self, name) for name in ("order", "reference", "epochs", "lr", "penalty", "seed")}
         besa = BESA(sparsity=sparsity, granularity="layer", **settings)
         parallel.check([besa])
         given = {"needs": besa.needs, "rows": besa.rows, "dense": self.reference == "dense"}
-        masks = work.stream(besa.solve_block, "besa", **given)
+        budget = self.budget(work, sparsity)
+
+        def decide(run: BlockRun) -> dict[str, Mask]:
+            run.budget = budget
+            return besa.solve_block(run)
+
+        masks = work.stream(decide, "besa", **given)
         return {name: mask.sparsity for name, mask in masks.items()}
+
+    def budget(self, work: Work, sparsity: float) -> dict[str, float]:
+        if self.blocks == "uniform":
+            return {}
+        way = recipe.allocation(self.blocks)
+        wanted = work.once(f"{way.name} of besa", lambda: way.allocate(work, sparsity))
+        return apportion(wanted, {site.name: site.units for site in work.sites}, sparsity)
