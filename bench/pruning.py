@@ -237,13 +237,16 @@ def table(data: dict, protocol: Protocol) -> str:
 
 def plot(data: dict, protocol: Protocol) -> None:
     """Perplexity over sparsity, a panel for each class, C4 calibration, seed 0."""
-    import matplotlib
-
+    if protocol is not FULL:  # one sparsity is no picture
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        print("\nNo picture without matplotlib: pip install 'pumice[plot]', then --plot.")
+        return
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    if protocol is not FULL:  # one sparsity is no picture
-        return
     rows = [row for row in data["rows"].values() if row["calibration"] == "c4" and row["seed"] == 0]
     rows = [row for row in rows if isinstance(row["sparsity"], float)]
     kinds = [kind for kind in (MASK, UPDATE, TRAINED) if any(row["kind"] == kind for row in rows)]

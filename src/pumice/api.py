@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from pumice import __version__, recipe
 from pumice.arch.detect import Arch, detect
 from pumice.arch.weights import Resident, Shards
-from pumice.budget import apportion
 from pumice.calib import parallel
 from pumice.calib.block import BlockRun
 from pumice.calib.data import Windows, tokens
@@ -182,7 +181,7 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
         *sites,
         *(arch.sites[name] for name in given if name in arch.sites and name not in {s.name for s in sites}),
     ]
-    budgets = [_budget(work, one) for one in chain]
+    budgets = [work.shares(getattr(one, "allocation", "uniform"), getattr(one, "sparsity", 0.0)) for one in chain]
     mine = {site.name for site in sites}
     theirs = [mine & {site.name for site in matching(arch, one)} for one in chain]
     ready = [one.prepare(work) if hasattr(one, "prepare") else one for one in chain]
@@ -221,15 +220,6 @@ def _decide(one: Any, run: BlockRun) -> dict[str, Form]:
         return shared.get(run.budget.get(site.name), one).solve(site, stats)
 
     return run.in_order(one.needs, solve) if getattr(one, "sequential", False) else run.each(solve)
-
-
-def _budget(work: Work, one: Any) -> dict[str, float]:
-    """The sparsity of every site that `one` decides, where its allocation is not uniform; exact over all of them."""
-    if getattr(one, "allocation", "uniform") == "uniform":
-        return {}
-    way = recipe.allocation(one.allocation)
-    wanted = work.once(f"{way.name}", lambda: way.allocate(work, one.sparsity))
-    return apportion(wanted, {site.name: site.units for site in work.sites}, one.sparsity)
 
 
 def needs_text(chain: list[Any]) -> bool:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from pumice import recipe
 from pumice.arch.detect import Arch
+from pumice.budget import apportion
 from pumice.calib import parallel
 from pumice.calib.block import BlockRun
 from pumice.calib.data import Windows
@@ -48,6 +50,14 @@ class Work:
         if self.windows is None:
             raise PumiceError(f"{what} needs calibration text: give `data`, such as 'builtin' or 'file:PATH'.")
         return self.windows
+
+    def shares(self, allocation: str, sparsity: float) -> dict[str, float]:
+        """The sparsity of every site under an allocation, exact over all of them; `uniform` says nothing of any."""
+        if allocation == "uniform":
+            return {}
+        way = recipe.allocation(allocation)
+        wanted = self.once(way.name, lambda: way.allocate(self, sparsity))
+        return apportion(wanted, {site.name: site.units for site in self.sites}, sparsity)
 
     def once(self, what: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The numbers that `make` gives, made once: a run that was killed afterwards finds them in its journal."""

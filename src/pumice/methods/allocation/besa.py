@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Literal
 
 from pumice import recipe
-from pumice.budget import apportion
 from pumice.calib import parallel
 from pumice.calib.block import BlockRun
 from pumice.calib.work import Work
@@ -41,7 +40,7 @@ class BESAAllocation:
         besa = BESA(sparsity=sparsity, granularity="layer", **settings)
         parallel.check([besa])
         given = {"needs": besa.needs, "rows": besa.rows, "dense": self.reference == "dense"}
-        budget = self.budget(work, sparsity)
+        budget = work.shares(self.blocks, sparsity)
 
         def decide(run: BlockRun) -> dict[str, Mask]:
             run.budget = budget
@@ -49,10 +48,3 @@ class BESAAllocation:
 
         masks = work.stream(decide, "besa", **given)
         return {name: mask.sparsity for name, mask in masks.items()}
-
-    def budget(self, work: Work, sparsity: float) -> dict[str, float]:
-        if self.blocks == "uniform":
-            return {}
-        way = recipe.allocation(self.blocks)
-        wanted = work.once(f"{way.name} of besa", lambda: way.allocate(work, sparsity))
-        return apportion(wanted, {site.name: site.units for site in work.sites}, sparsity)
