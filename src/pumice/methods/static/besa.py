@@ -36,7 +36,7 @@ class BESA(Budget):
     granularity: Literal["layer", "row"] = "row"
     order: Literal["wanda", "sparsegpt", "magnitude"] = "wanda"
     reference: Literal["stream", "dense"] = "stream"
-    epochs: int = 1  # a second one over 16 windows fits rows to the text (SmolLM2, 50 %)
+    epochs: int = 1
     lr: float = 0.05  # of AdamW
     penalty: float = 5.0
     rows: int = 1  # windows in a step
