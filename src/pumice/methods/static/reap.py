@@ -12,7 +12,7 @@ import torch
 
 from pumice.calib.block import BlockRun
 from pumice.calib.stats import SiteStats
-from pumice.calib.stream import expert_key
+from pumice.calib.taps import expert_key
 from pumice.calib.unit_stats import MeanNorm
 from pumice.calib.units import check_plain, keep_best, kept_units, note_achieved
 from pumice.calib.work import Work
