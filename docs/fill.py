@@ -19,12 +19,14 @@ from pumice.report.methods import markdown, settings
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- (methods|settings|figures) ?(\w*) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
+TOKEN = ("cats", "contribution", "countdown", "teal", "wina")
 SCRIPTS = {
     "griffin": "`bench/griffin_speed.py` and `bench/prompt_level.py`",
     "static_topk": "`bench/prompt_level.py`",
     "glass": "`bench/prompt_level.py`",
     "width": "`pumice sparsify smollm2 --method width --out DIR`, in its table",
     "reap": "`pumice sparsify MODEL --method reap --out DIR`, in its table",
+    **{name: f"`pumice sparsify smollm2 --method {name} --out DIR`, in its table" for name in TOKEN},
     "wanda": "`bench/larger_than_memory.py` and `bench/pruning.py`",
 }
 

@@ -278,7 +278,7 @@ def test_flags_with_and_without_an_equals_sign():
 
 
 WRONG = [
-    ("--method wnada", "'wnada'. Did you mean 'wanda'?"),
+    ("--method wnada", "'wnada'. Did you mean 'wanda'"),
     ("--method wanda --sparsty 0.5", "'--sparsty'. Did you mean '--sparsity'"),
     ("--method wanda --widnow 32", "'--widnow'. Did you mean '--window'"),
     ("--method wanda --sparsity 1.2", "wanda.sparsity is the fraction removed, between 0 and 1; got 1.2"),

@@ -809,7 +809,7 @@ def test_a_plan_may_meet_the_weights_that_its_masks_made():
 @pytest.mark.parametrize("select, message", [
     ({"model.layers.9.mlp": Select(score=PromptNorm(), cut=TopK(sparsity=0.5), units=44)}, "layers.9.mlp, which this"),
     ({"model.layers.0.mlp": Select(score=PromptNorm(), cut=TopK(sparsity=0.5), units=43)}, "43 units .* has 44"),
-    ({"model.layers.0.mlp.up_proj": Select(score=PromptNorm(), cut=TopK(sparsity=0.5), units=1408)}, "single matrix"),
+    ({"model.layers.0.mlp.up_proj": Select(score=PromptNorm(), cut=TopK(sparsity=0.5), units=32)}, "single matrix"),
 ])  # fmt: skip
 def test_a_selection_that_does_not_fit_is_refused(select, message):
     with pytest.raises(PumiceError, match=message):

@@ -40,6 +40,11 @@ class Plan:
     def changes_weights(self) -> bool:
         return bool(self.weights)
 
+    @property
+    def per_prompt(self) -> bool:
+        """Whether a prompt chooses for the tokens after it, so that it matters which tokens are prompt."""
+        return any(form.scope == "prompt" for form in self.select.values())
+
     def merge(self, later: Plan) -> Plan:
         """This plan followed by another; a site that both decide in the same way is refused with both recipes."""
         for ours, theirs in ((self.weights, later.weights), (self.select, later.select)):

@@ -67,6 +67,9 @@ class Site:
     parts: Mapping[str, Part]
     units: int
     input: str  # key of the input tensor: the first module that reads it, so that q, k and v share one
+    entry: str = ""  # key of the tensor that the units are made from: the FFN's or the attention's own input
+    activation: str = ""  # of an FFN that computes act(gate)·up or act(up); empty: something else
+    whole: str = ""  # the module that computes this FFN of its one argument and nothing else, if there is one
     expert: int | None = None
     root: nn.Module = field(repr=False, compare=False)
 
@@ -78,7 +81,24 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """The matrix of a `linear` site in fp32, [out, in], detached."""
-        return self.matrix().detach().float()
+        return self.weight_of("weight")
+
+    def weight_of(self, role: str) -> Tensor:
+        """The matrix of a part in fp32, [out, in], detached."""
+        return self.matrix(role).detach().float()
+
+    def bias(self, role: str) -> Tensor | None:
+        """The bias of a part in fp32, [out], if its module has one."""
+        module, name = owner(self.parts[role].view.parameter)
+        found = getattr(self.root.get_submodule(module), "bias" if self.expert is None else f"{name}_bias", None)
+        if found is None:
+            return None
+        return (found if self.expert is None else found[self.expert]).detach().float()
+
+    @property
+    def channels(self) -> int:
+        """What a token can do without here: units, or the columns of one matrix."""
+        return self.matrix().shape[1] if self.kind == "linear" else self.units
 
     def rows(self, role: str) -> Tensor:
         """The rows of each unit in an input part in fp32, [units, width * in]."""

@@ -34,7 +34,7 @@ class Builder:
             if shared := [rows.linear for rows in unit.parts.values() if f"{name}.{rows.linear}" in refused]:
                 refused[one.title(unit)] = f"{shared[0]}: {refused[f'{name}.{shared[0]}']}"
             else:
-                sites.append(one.unit(unit))
+                sites.append(one.unit(unit, reading.linears))
         for experts in reading.experts:
             sites += one.experts(experts)
         return Block(index=index, name=name, module=module, sites=_unique(sites), refused=refused)
@@ -75,10 +75,20 @@ class _BlockBuilder:
     def title(self, unit: Unit) -> str:
         return f"{self.name}.{unit.name or ('ffn' if 'down' in unit.parts else 'heads')}"
 
-    def unit(self, unit: Unit) -> Site:
+    def unit(self, unit: Unit, reads: dict[str, str]) -> Site:
         parts = {role: self.part(rows) for role, rows in unit.parts.items()}
         kind, out = ("ffn", "down") if "down" in parts else ("heads", "o")
-        return self.site(self.title(unit), kind=kind, parts=parts, units=unit.units, input=parts[out].module)
+        first = next(rows.linear for role, rows in unit.parts.items() if role != out)
+        return self.site(
+            self.title(unit),
+            kind=kind,
+            parts=parts,
+            units=unit.units,
+            input=parts[out].module,
+            entry=f"{self.name}.{reads.get(first, first)}",
+            activation=unit.activation,
+            whole=f"{self.name}.{unit.name}" if unit.whole else "",
+        )
 
     def experts(self, experts: Experts) -> list[Site]:
         """The module as one site, and two linears and an FFN for each expert in it."""
@@ -101,6 +111,7 @@ class _BlockBuilder:
             role: Part(module, views[layout.into], r.start, r.stride, r.width) for role, r in experts.parts.items()
         }
         parts["down"] = Part(module, views[layout.down])
-        ffn = self.site(f"{module}[{expert}]", kind="ffn", parts=parts, units=layout.units,
-                        input=f"{module}[{expert}].mid", expert=expert)  # fmt: skip
+        ffn = self.site(f"{module}[{expert}]", kind="ffn", parts=parts, units=layout.units, expert=expert,
+                        input=f"{module}[{expert}].mid", entry=f"{module}[{expert}].in",
+                        activation=experts.activation)  # fmt: skip
         return [*linears, ffn]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from pumice.arch.activations import named
 from pumice.arch.probe import close, is_affine
 from pumice.arch.units import Rows
 
@@ -139,6 +140,25 @@ def expert_roles(module: nn.Module, noise: Callable[[tuple[int, ...]], Tensor]) 
         pairs = [Rows(layout.into, 0, 2), Rows(layout.into, 1, 2)]
         options = [_named(module, z, layout.units, option) for option in (halves, pairs)]
     return next((option for option in options if _separate(module, z, layout.units, option, noise)), None)
+
+
+@torch.no_grad()
+def expert_activation(module: nn.Module, parts: dict[str, Rows], noise: Callable[[tuple[int, ...]], Tensor]) -> str:
+    """The name of act where the neurons are act(gate)·up, or act(up) without a gate; empty where they are not."""
+    layout = fused(module)
+    units = torch.arange(layout.units)
+    z = noise((6, getattr(module, layout.into).shape[2 if layout.transposed else 1]))
+
+    def neurons(factor: float) -> Tensor:
+        other = z.clone()
+        if "gate" in parts:
+            other[:, parts["up"].index(units)] = factor
+        return activate(module, other)
+
+    one = neurons(1.0)
+    if "gate" in parts and not close(neurons(-2.0), -2 * one, 1e-6):
+        return ""
+    return named(z[:, parts.get("gate", parts["up"]).index(units)], one)
 
 
 def _separate(module: nn.Module, z: Tensor, units: int, parts: dict[str, Rows], noise: Callable) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pumice.arch.activations import ACTIVATIONS, named
 from pumice.arch.probe import Lab, close, is_affine, widths
 from pumice.arch.units import Rows, Unit, common
 
@@ -34,7 +35,9 @@ def find_ffns(lab: Lab) -> tuple[list[Unit], dict[str, str]]:
             rows, why = confirm(lab, down, inputs)
             if rows:
                 name = common([down, *(part.linear for part in rows.values())])
-                found.append(Unit(name, widths(lab.linears[down])[1], {**rows, "down": Rows(down)}))
+                units, act = widths(lab.linears[down])[1], activation(lab, down, rows)
+                whole = bool(act) and is_whole(lab, name, down, rows, act)
+                found.append(Unit(name, units, {**rows, "down": Rows(down)}, act, whole))
                 break
             if why:
                 refused[down] = why
@@ -141,3 +144,37 @@ def cannot_narrow(lab: Lab, down: str, parts: dict[str, Rows], size: int) -> str
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
         return f"its code does not run at another width ({str(error).splitlines()[0][:120]})"
     return "" if close(narrow, masked) else "fewer neurons do not give the result of masked neurons"
+
+
+def activation(lab: Lab, down: str, parts: dict[str, Rows]) -> str:
+    """The name of act where the neurons are act(gate)·up, or act(up) without a gate; empty where they are not."""
+    units = torch.arange(widths(lab.linears[down])[1])
+    gate, up = parts.get("gate", parts["up"]), parts["up"]
+    z = {name: lab.noise(lab.held[name].shape) for name in {gate.linear, up.linear}}
+
+    def neurons(factor: float) -> Tensor:
+        held = {name: value.clone() for name, value in z.items()}
+        if "gate" in parts:
+            held[up.linear][..., up.index(units)] = factor
+        return lab.run(lab.held | held, stop=down).inputs[down].reshape(-1, len(units))
+
+    one = neurons(1.0)
+    if "gate" in parts and not close(neurons(-2.0), -2 * one, 1e-6):
+        return ""
+    return named(z[gate.linear][..., gate.index(units)].reshape(-1, len(units)), one)
+
+
+@torch.no_grad()
+def is_whole(lab: Lab, name: str, down: str, parts: dict[str, Rows], act: str) -> bool:
+    """Whether the module `name` is the FFN: called with x alone it gives down(act(gate x)·up x)."""
+    if not name:
+        return False
+    module, units = lab.module.get_submodule(name), torch.arange(widths(lab.linears[down])[1])
+    x = lab.noise((2, 3, widths(lab.linears[parts["up"].linear])[1]))
+    made = {role: lab.linears[part.linear](x)[..., part.index(units)] for role, part in parts.items()}
+    a = ACTIVATIONS[act](made["gate"]) * made["up"] if "gate" in made else ACTIVATIONS[act](made["up"])
+    try:
+        found = module(x)
+    except Exception:  # it takes more than x
+        return False
+    return isinstance(found, Tensor) and close(found, lab.linears[down](a))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from pumice.arch.experts import Fused, confirm_experts, expert_roles, fused
+from pumice.arch.experts import Fused, confirm_experts, expert_activation, expert_roles, fused
 from pumice.arch.ffn import find_ffns
 from pumice.arch.heads import find_heads
 from pumice.arch.probe import Lab, is_linear, widths
@@ -23,6 +23,7 @@ class Experts:
     name: str
     layout: Fused
     parts: dict[str, Rows]  # gate (if gated) and up, as rows of the first matrix
+    activation: str = ""  # where the neurons are act(gate)·up or act(up)
 
 
 @dataclass
@@ -80,7 +81,8 @@ def _read_experts(lab: Lab, reading: Reading) -> None:
         why = confirm_experts(module, calls) if calls else "a forward on text alone does not call it"
         parts = None if why else expert_roles(module, lab.noise)
         if parts:
-            reading.experts.append(Experts(name, layout, parts))
+            act = expert_activation(module, parts, lab.noise)
+            reading.experts.append(Experts(name, layout, parts, act))
         elif named:
             reading.refused[name] = why or "its neurons are not made by rows of their own"
 

@@ -29,6 +29,8 @@ class Unit:
     name: str
     units: int
     parts: dict[str, Rows] = field(default_factory=dict)
+    activation: str = ""  # of an FFN that computes act(gate)·up or act(up); empty: something else
+    whole: bool = False  # the module `name` computes the FFN of its one argument and nothing else
 
 
 def common(names: list[str]) -> str:

@@ -85,7 +85,8 @@ def check(methods: Iterable) -> None:
 def reduce_stats(collected: dict, make) -> None:
     """Sum every statistic over the ranks in place; `make(key)` is an empty one where this rank saw no token.
 
-    A statistic's tensors are sums, but for those in its `maximum`, which are maxima.
+    A statistic's tensors are sums, but for those in its `maximum`, which are maxima; one that has `gather` is given
+    the values of all ranks.
     """
     if world() == 1:
         return
@@ -95,6 +96,11 @@ def reduce_stats(collected: dict, make) -> None:
     widths = {key: width for one in everyone for key, width in one.items()}
     for key in sorted(widths):
         stat = make(key, widths[key])
+        if hasattr(stat, "gather"):
+            values: list = [None] * world()
+            dist.all_gather_object(values, stat.value())
+            stat.gather(values)
+            continue
         for name, tensor in _tensors(stat).items():
             maximum = name in getattr(stat, "maximum", ())
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX if maximum else dist.ReduceOp.SUM)

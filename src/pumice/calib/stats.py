@@ -105,6 +105,42 @@ class Moments:
         return torch.stack([mean, (self.squares / self.tokens.clamp_min(1) - mean.square()).clamp_min(0)])
 
 
+class Inputs:
+    """The rows themselves, at most `limit` of them, evenly over the text: [tokens, width]. For what must see values."""
+
+    limit = 1 << 13
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.step, self.seen, self.rows = 1, 0, torch.zeros(0, width, device=device)
+        self.parts: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        first = -self.seen % self.step
+        self.seen += len(x)
+        self.parts.append(x[first :: self.step].clone())
+        if sum(map(len, self.parts)) > self.limit:
+            self.parts = [self.value()[::2].clone()]
+            self.step *= 2
+
+    def value(self) -> Tensor:
+        return torch.cat([self.rows, *self.parts])
+
+    def gather(self, everyone: list[Tensor]) -> None:
+        """Take the rows of all ranks in place of this one's."""
+        self.parts = everyone
+
+
+class Entries(Inputs):
+    """Rows of the tensor that a site's units are made from: the input of an FFN or of an attention."""
+
+    at = "entry"
+
+
+def key_of(site: Site, stat: type) -> str:
+    """The tensor of a site that a statistic is of."""
+    return site.entry if getattr(stat, "at", "input") == "entry" else site.input
+
+
 class SiteStats(Mapping):
     """What a method reads at one site: `stats[ColumnNorm]` is the value for the site's input tensor.
 
@@ -126,10 +162,11 @@ class SiteStats(Mapping):
         self._notes.append(f"{self._site.name}: {text}")
 
     def __getitem__(self, stat: type) -> Tensor:
-        found = self._collected.get((self._site.input, stat))
+        key = key_of(self._site, stat)
+        found = self._collected.get((key, stat))
         if found is None:
             raise PumiceError(
-                f"no calibration token reached {self._site.name} (input {self._site.input}), so {stat.__name__} is "
+                f"no calibration token reached {self._site.name} (input {key}), so {stat.__name__} is "
                 "unknown there. Use more calibration text, or leave the site out with `where`."
             )
         value = found.value()
@@ -142,7 +179,7 @@ class SiteStats(Mapping):
         return value
 
     def __iter__(self):
-        return (stat for key, stat in self._collected if key == self._site.input)
+        return (stat for key, stat in self._collected if key == key_of(self._site, stat))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pumice.arch.experts import expert_forward
 from pumice.calib import parallel
-from pumice.calib.stats import Stat
+from pumice.calib.stats import Stat, key_of
 from pumice.sites import Block, Site
 
 if TYPE_CHECKING:
@@ -25,8 +25,14 @@ def collecting(block: Block, sites: list[Site], needs, collected: dict, replays:
     tokens reach in the dense model. The value runs a forward until every input has been read, and no further.
     """
     experts = [site for site in sites if site.kind == "experts"]
-    keys = {site.input for site in sites} | {expert_key(site, e) for site in experts for e in range(site.units)}
-
+    wanted: dict[str, dict[type, None]] = {}
+    for site in sites:
+        for need in needs:
+            wanted.setdefault(key_of(site, need), {})[need] = None
+    for site in experts:
+        for expert in range(site.units):
+            wanted[expert_key(site, expert)] = dict.fromkeys(needs)
+    keys = wanted.keys()
     routed = {key for key in keys if "[" in key}
     dense: dict[str, Tensor] = {}
     awaited: set[str] = set()
@@ -49,7 +55,7 @@ def collecting(block: Block, sites: list[Site], needs, collected: dict, replays:
             dense[key] = rows
             return
         other = dense.pop(key, None)
-        for need in needs if len(rows) else ():
+        for need in wanted[key] if len(rows) else ():
             paired = getattr(need, "paired", False)
             if paired and key in routed:
                 continue

@@ -128,7 +128,7 @@ def evaluate(model: str, text: dict, *, prompt: int | None, dtype, device, execu
     check_length(loaded, text["window"], "--window")
     source = {**text}
     windows = tokens(source.pop("data"), loaded.tokenizer, order="sequential", split="test", **source)
-    if plan is not None and plan.select and prompt is None:
+    if plan is not None and plan.per_prompt and prompt is None:
         prompt = text["window"] // 2
     runner = attach(loaded.model, plan, exec=execution) if plan is not None else loaded.model
     result = perplexity(runner, windows, prompt=prompt)

@@ -68,7 +68,7 @@ def measure_rows(
         return None if windows is None else perplexity(runner, windows, prompt=prompt, title=f"perplexity: {title}")
 
     prompts = {
-        name: windows.ids.shape[1] // 2 if windows is not None and p.select else None for name, p in plans.items()
+        name: windows.ids.shape[1] // 2 if windows is not None and p.per_prompt else None for name, p in plans.items()
     }
     for prompt in {None, *prompts.values()} - dense.keys():
         dense[prompt] = score(model, prompt, "dense")
@@ -134,10 +134,11 @@ def why_dense(twin: nn.Module) -> str:
 
 
 def _selected(selections) -> str:
-    gathered = sum(bool(selection.gathered) for selection in selections)
-    if not gathered:
-        return "masked" if any(selection.timed for selection in selections) else "masked, no gathered form"
-    return "gathered" if gathered == len(selections) else "partly gathered"
+    ran = {selection.ran for selection in selections}
+    fast = ran - {"masked", "masked, no gathered form"}
+    if not fast:
+        return "masked" if "masked" in ran else "masked, no gathered form"
+    return " and ".join(sorted(fast)) if fast == ran else f"partly {' and '.join(sorted(fast))}"
 
 
 def machine() -> dict:

@@ -19,10 +19,11 @@ from pumice.errors import PumiceError
 from pumice.forms import Mask, Select, Slim, Static, Uniform
 from pumice.plan import Plan, fingerprint_model, slims_of
 from pumice.runtime.live import Exec, Runtime, generate
-from pumice.runtime.modules import Selection, splice_experts, splice_select
+from pumice.runtime.modules import Selection, point_of, splice_experts, splice_select
 from pumice.runtime.packed import install_packed, is_packed, unpack
 from pumice.runtime.slim import install_slims
 from pumice.runtime.state import NAMES
+from pumice.runtime.token import TokenSelection, check_overlap, check_token, splice_token
 from pumice.runtime.tree import copy_tree, exchange, tables
 from pumice.sites import Site
 
@@ -75,24 +76,29 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
     if runtime.fast:
         always = runtime.kernels == "always"
         runtime.packed, runtime.dense = install_packed(model, sites, masks, always, lambda: runtime.counting)
-    fused: dict[str, dict[str, Selection]] = {}
+    check_overlap(sites, plan)
+    fused: dict[str, dict[str, Selection | TokenSelection]] = {}
     for name, form in plan.select.items():
         site = sites[name]
         _check_select(site, form, plan)
-        selection = Selection(site, form, runtime, gatherable=site.kind == "ffn" and site.expert is None)
-        runtime.selections[name] = selection
+        if form.scope == "token":
+            runtime.selections[name] = selection = TokenSelection(site, form, runtime)
+        else:
+            gatherable = site.kind == "ffn" and site.expert is None
+            runtime.selections[name] = selection = Selection(site, form, runtime, gatherable)
         if site.expert is not None or site.kind == "experts":
             module = next(iter(site.parts.values())).module
             fused.setdefault(module, {})[name] = selection
         else:
-            exchange(model, splice_select(selection, model.get_submodule))
+            splice = splice_token if form.scope == "token" else splice_select
+            exchange(model, splice(selection, model.get_submodule))
     for module, selections in fused.items():
-        neurons = {s.site.expert: s for s in selections.values() if s.site.expert is not None}
+        neurons = {point_of(s.site): s for s in selections.values() if s.site.expert is not None}
         whole = next((s for s in selections.values() if s.site.kind == "experts"), None)
         exchange(model, {module: splice_experts(model.get_submodule(module), neurons, whole)})
     if plan.select:
         runtime.arguments = tuple(inspect.signature(model.forward).parameters)
-        if not set(NAMES) & set(runtime.arguments):
+        if runtime.remembers and not set(NAMES) & set(runtime.arguments):
             raise PumiceError(
                 f"{type(model).__name__} keeps its state in another way than a cache, so a plan that selects "
                 "per prompt cannot tell prompt from generated tokens there. Use a method that prunes weights."
@@ -126,11 +132,15 @@ def check_unspliced(model: nn.Module) -> None:
 
 
 def _check_select(site: Site, form: Select, plan: Plan) -> None:
-    if form.units != site.units:
-        raise PumiceError(f"the plan selects among {form.units} units at {site.name}, but the model has {site.units}.")
-    if site.kind == "linear":
-        raise PumiceError(f"{site.name} is a single matrix: Select decides units of kind ffn, heads or experts so far.")
-    if site.kind == "experts" and not isinstance(form.score, (Static, Uniform)):
+    if form.units != site.channels:
+        raise PumiceError(
+            f"the plan selects among {form.units} units at {site.name}, but the model has {site.channels}."
+        )
+    if form.scope == "token":
+        check_token(site, form)
+    elif site.kind == "linear":
+        raise PumiceError(f"{site.name} is a single matrix: what a prompt selects are units of ffn, heads or experts.")
+    elif site.kind == "experts" and not isinstance(form.score, (Static, Uniform)):
         raise PumiceError(
             f"{site.name}: experts have no activations of their own before they run, so {type(form.score).__name__} "
             "has nothing to measure there. Use a Static score."

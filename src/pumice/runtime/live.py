@@ -22,6 +22,7 @@ from pumice.runtime.modules import Selection
 from pumice.runtime.packed import PackedForward
 from pumice.runtime.state import State, cache_given, cache_in, follow, past_length, state_of
 from pumice.runtime.step import Step, make_step
+from pumice.runtime.token import TokenSelection
 
 Exec = Literal["reference", "fast"]
 _keys = itertools.count()
@@ -39,7 +40,7 @@ class Runtime:
     step: Step | None = None
     border: int | Tensor | None = None  # where the prompts end, as a cache position; None: not said
     prompt_mask: Tensor | None = None  # [B, P], of a generate call whose forwards see no 2-D mask
-    selections: dict[str, Selection] = field(default_factory=dict)
+    selections: dict[str, Selection | TokenSelection] = field(default_factory=dict)
     slim: dict[str, Gathered] = field(default_factory=dict)  # matrices of FFNs that have only some neurons, by module
     packed: dict[str, PackedForward] = field(default_factory=dict)  # masked matrices with a packed form, by parameter
     dense: dict[str, str] = field(default_factory=dict)  # masked sites that have none, and why
@@ -54,6 +55,16 @@ class Runtime:
     def spliced(self) -> bool:
         """Whether parts of the model run in another way than their weights alone say."""
         return bool(self.plan.select) or any(isinstance(form, Slim) for form in self.plan.weights.values())
+
+    @property
+    def remembers(self) -> bool:
+        """Whether something that was chosen outlives a forward, and so has to follow the cache."""
+        return self.plan.per_prompt
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether it matters how many tokens of a sequence came before."""
+        return any(form.first for form in self.plan.select.values())
 
     @property
     def current(self) -> Step:
@@ -84,7 +95,7 @@ class Runtime:
 
     def stand_ins(self) -> dict[str, Gathered]:
         """The smaller matrices that run at present in place of a module's own, by module."""
-        chosen = (selection.gathered for selection in self.selections.values())
+        chosen = (selection.gathered for selection in self.selections.values() if isinstance(selection, Selection))
         return functools.reduce(dict.__or__, chosen, self.slim)
 
     # ---- hooks of the whole model -----------------------------------------------------------------------------------
@@ -101,9 +112,9 @@ class Runtime:
         batch, new = tokens.shape[:2]
         cache = cache_given(given)
         past = past_length(cache)
-        valid = self._valid(given.get("attention_mask"), batch, new, past, tokens.device)
-        state = self._state(cache, past)
-        self.step = make_step(valid, past, self.border, state)
+        valid, before = self._valid(given.get("attention_mask"), batch, new, past, tokens.device)
+        state = self._state(cache, past) if self.remembers else State()
+        self.step = make_step(valid, past, self.border, state, before)
         if self.step.any_stat:
             end = past + new if self.border is None else min(past + new, int(torch.as_tensor(self.border).max()))
             state.prompt = max(state.prompt, end)
@@ -112,7 +123,8 @@ class Runtime:
     def after(self, model: nn.Module, args: tuple, kwargs: dict, output) -> None:
         """A cache that the model made itself takes this forward's state. Called after an exception too."""
         cache = cache_in(output)
-        if cache is not None and self.step is not None and state_of(cache, self.key) is None:
+        known = cache is None or self.step is None or not self.remembers
+        if not known and state_of(cache, self.key) is None:
             follow(cache, self.key, self.step.state)
         self.step = None
 
@@ -128,20 +140,27 @@ class Runtime:
             )
         return state
 
-    def _valid(self, mask: Tensor | None, batch: int, new: int, past: int, device: torch.device) -> Tensor:
+    def _valid(self, mask: Tensor | None, batch: int, new: int, past: int, device) -> tuple[Tensor, int | Tensor]:
+        """Which of the new tokens are real, [B, T], and how many of the past ones were."""
         if not isinstance(mask, Tensor) or mask.dim() != 2:
             mask = self.prompt_mask
         ones = torch.ones(batch, new, dtype=torch.bool, device=device)
         if mask is None:
-            return ones
+            return ones, past
         if batch % mask.shape[0] == 0:
             mask = mask.repeat_interleave(batch // mask.shape[0], dim=0)  # beams of one prompt lie side by side
         known = mask[:, past : past + new].to(device).bool()
-        return torch.cat([known, ones[:, known.shape[1] :]], dim=1)
+        valid = torch.cat([known, ones[:, known.shape[1] :]], dim=1)
+        if not self.counts_tokens:
+            return valid, past
+        return valid, mask[:, :past].to(device).bool().sum(1) + max(past - mask.shape[1], 0)
 
 
 def generate(model: nn.Module, runtime: Runtime, inputs=None, generation_config=None, *args, **kwargs):
-    """`generate`, which says where the prompt ends: at the tokens that it is given. Its steps are not compiled."""
+    """`generate`, which says where the prompt ends: at the tokens that it is given. Its steps are not compiled.
+
+    The prompt runs dense, whatever chooses: it is bound by arithmetic, which sparsity as here does not save.
+    """
     ids = inputs if inputs is not None else kwargs.get("input_ids")
     if ids is not None:
         border = ids.shape[1]
@@ -151,7 +170,7 @@ def generate(model: nn.Module, runtime: Runtime, inputs=None, generation_config=
         border = 1  # generation from the start token alone
     if generation_config is None:
         kwargs.setdefault("disable_compile", True)
-    elif getattr(generation_config, "is_assistant", False):
+    elif getattr(generation_config, "is_assistant", False) and runtime.remembers:
         raise PumiceError(
             "a plan that selects per prompt cannot draft for another model: when a draft is turned down, the cache is "
             "cut back into the prompt that chose the units. Give the sparse model an assistant instead."

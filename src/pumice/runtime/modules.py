@@ -18,17 +18,11 @@ from pumice.kernels.select import gather_pays
 from pumice.runtime.counters import Counter
 from pumice.runtime.state import SiteState
 from pumice.runtime.step import Step
+from pumice.runtime.tree import respliced
 from pumice.sites import Site
 
 if TYPE_CHECKING:
     from pumice.runtime.live import Runtime
-
-
-def respliced(module: nn.Module, forward: Callable) -> nn.Module:
-    """A shallow copy that shares the tables of parameters, children and hooks with `module`, but runs `forward`."""
-    twin = module.__class__.__new__(module.__class__)
-    twin.__dict__ = {**module.__dict__, "forward": forward}
-    return twin
 
 
 @dataclass(eq=False)
@@ -43,6 +37,11 @@ class Selection:
     timed: bool = False  # whether gathered was compared with dense
     chosen: Tensor | None = None  # the set that `gathered` holds
     gathered: dict[str, Gathered] = field(default_factory=dict)
+
+    @property
+    def ran(self) -> str:
+        """How it ran last, in a word of the reports."""
+        return "gathered" if self.gathered else "masked" if self.timed else "masked, no gathered form"
 
     @cached_property
     def consumer(self) -> Tensor:
@@ -132,6 +131,24 @@ class Selection:
         self.count("masked", step.stat, step.sparse & step.valid, live)
         return drop(a, live, step.sparse.to(a.device)).reshape(activations.shape)
 
+    def edit_routed(self, tokens: Tensor, a: Tensor) -> Tensor:
+        """`edit` for the tokens [n] (numbers in the flattened batch) that were routed to one expert, a [n, units]."""
+        step = self.runtime.current
+        rows = tokens // step.shape[1]
+        stat, sparse, valid = (m.to(a.device).flatten()[tokens] for m in (step.stat, step.sparse, step.valid))
+        state = self.state(step, a.device)
+        if step.any_stat and bool(stat.any()):
+            z = self.form.statistic(a[:, None], stat[:, None].float())  # one token a row
+            state.statistic = state.statistic.index_add(0, rows, z)
+            state.count = state.count.index_add(0, rows, stat.float())
+            state.live = state.one_set = None
+        if not step.any_sparse:
+            self.count("masked", stat, sparse)
+            return a
+        live = self.live(step, a.device)
+        self.count("masked", stat, sparse & valid, live)
+        return a.masked_fill(sparse[:, None] & ~live[rows], 0)
+
 
 def splice_select(selection: Selection, get: Callable[[str], nn.Module]) -> dict[str, nn.Module]:
     """Replacements, by module name, that run one Select of an FFN or of attention heads."""
@@ -172,13 +189,16 @@ def splice_slim(gathered: dict[str, Gathered], get: Callable[[str], nn.Module]) 
     return {name: respliced(get(name), weights.__call__) for name, weights in gathered.items()}
 
 
-def splice_experts(module: nn.Module, neurons: dict[int, Selection], experts: Selection | None) -> nn.Module:
-    """Fused experts whose neurons, or which themselves, are selected. `neurons`: expert -> its Selection."""
+def point_of(site: Site) -> tuple[int, str]:
+    """The expert of a site, and where in it the units of the site enter a matrix: `in` or `mid`."""
+    return site.expert, site.input.rpartition(".")[2]
+
+
+def splice_experts(module: nn.Module, chosen: dict[tuple[int, str], Selection], experts: Selection | None) -> nn.Module:
+    """Fused experts whose units, or which themselves, are selected. `chosen`: expert and point -> its selection."""
 
     def at(expert: int, point: str, tokens: Tensor, x: Tensor) -> Tensor:
-        if point == "mid" and expert in neurons:
-            return _edit_routed(neurons[expert], tokens, x)
-        return x
+        return chosen[expert, point].edit_routed(tokens, x) if (expert, point) in chosen else x
 
     def forward(hidden: Tensor, index: Tensor, weights: Tensor, *args, **kwargs) -> Tensor:
         if experts is not None:
@@ -186,25 +206,6 @@ def splice_experts(module: nn.Module, neurons: dict[int, Selection], experts: Se
         return expert_forward(module, hidden, index, weights, at=at)
 
     return respliced(module, forward)
-
-
-def _edit_routed(selection: Selection, tokens: Tensor, a: Tensor) -> Tensor:
-    """`edit` for the tokens [n] (numbers in the flattened batch) that were routed to one expert, a [n, units]."""
-    step = selection.runtime.current
-    rows = tokens // step.shape[1]
-    stat, sparse, valid = (m.to(a.device).flatten()[tokens] for m in (step.stat, step.sparse, step.valid))
-    state = selection.state(step, a.device)
-    if step.any_stat and bool(stat.any()):
-        z = selection.form.statistic(a[:, None], stat[:, None].float())  # one token a row
-        state.statistic = state.statistic.index_add(0, rows, z)
-        state.count = state.count.index_add(0, rows, stat.float())
-        state.live = state.one_set = None
-    if not step.any_sparse:
-        selection.count("masked", stat, sparse)
-        return a
-    live = selection.live(step, a.device)
-    selection.count("masked", stat, sparse & valid, live)
-    return a.masked_fill(sparse[:, None] & ~live[rows], 0)
 
 
 def _mask_experts(selection: Selection, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

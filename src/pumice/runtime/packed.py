@@ -22,8 +22,7 @@ from pumice.kernels.ops import MAX_ROWS, Product
 from pumice.kernels.pack import pack
 from pumice.kernels.select import packed_pays
 from pumice.runtime.counters import Counter
-from pumice.runtime.modules import respliced
-from pumice.runtime.tree import exchange
+from pumice.runtime.tree import exchange, respliced
 from pumice.sites import Site, owner
 from pumice.store import Store
 

@@ -18,8 +18,8 @@ from pumice.arch.trace import hidden_of, quiet, replaced
 from pumice.errors import PumiceError
 from pumice.forms import Slim
 from pumice.kernels.gather import Gathered
-from pumice.runtime.modules import gather, respliced, splice_slim
-from pumice.runtime.tree import copy_tree, exchange
+from pumice.runtime.modules import gather, splice_slim
+from pumice.runtime.tree import copy_tree, exchange, respliced
 from pumice.sites import Site, owner
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -33,3 +33,10 @@ def exchange(model: nn.Module, replacements: Mapping[str, nn.Module]) -> None:
     for name, module in replacements.items():
         parent, child = owner(name)
         model.get_submodule(parent)._modules[child] = module
+
+
+def respliced(module: nn.Module, forward: Callable) -> nn.Module:
+    """A shallow copy that shares the tables of parameters, children and hooks with `module`, but runs `forward`."""
+    twin = module.__class__.__new__(module.__class__)
+    twin.__dict__ = {**module.__dict__, "forward": forward}
+    return twin

@@ -1,0 +1,36 @@
+"""Thresholds of scores that every token has: the quantile over the calibration text, one for each site."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pumice.calib.stats import Entries, Inputs, SiteStats
+from pumice.calib.units import weights_of_unit
+from pumice.errors import PumiceError
+from pumice.forms import Select, Threshold, Tokens
+from pumice.sites import Site
+
+
+def by_threshold(score, site: Site, stats: SiteStats, sparsity: float, first: int = 0) -> Select:
+    """The Select of scope `token` that removes `sparsity` of the site's units on the calibration text."""
+    scores = score.of_tokens(tokens_of(site, stats))
+    try:
+        cut = Threshold.removing(scores, sparsity)
+    except PumiceError as error:
+        raise PumiceError(f"{site.name} (block {site.block}): {error}") from error
+    weights = site.matrix().shape[0] if site.kind == "linear" else weights_of_unit(site)
+    return Select(score=score, cut=cut, units=site.channels, scope="token", first=first, weights=weights)
+
+
+def tokens_of(site: Site, stats: SiteStats) -> Tokens:
+    """What calibration knows of its tokens at a site."""
+
+    def part(role: str) -> Tensor:
+        units = torch.arange(site.units, device=site.matrix(role).device)
+        rows, bias = site.parts[role].index(units), site.bias(role)
+        return F.linear(stats[Entries], site.weight_of(role)[rows], None if bias is None else bias[rows])
+
+    parts = {role: (lambda role=role: part(role)) for role in site.in_roles}
+    return Tokens(a=lambda: stats[Inputs], x=lambda: stats[Entries], parts=parts)

@@ -1,0 +1,38 @@
+"""Forms: the closed set of what sparse means. Each has an exact reference in plain torch.
+
+    Mask    which weights of a matrix are kept:           W' = W ⊙ keep
+    Slim    which units of a site exist at all:           a smaller dense model
+    Select  which units run, decided while the model runs: score × cut × unit × scope
+
+Methods return Forms and never see kernels; kernels and the runtime never see methods.
+"""
+
+from pumice.forms.cuts import Sample, Threshold, TopK
+from pumice.forms.data import collector, decode, encode
+from pumice.forms.mask import Mask
+from pumice.forms.scores import Magnitude, Projected, PromptNorm, RankFusion, Static, Tokens, Uniform
+from pumice.forms.select import Select, drop
+from pumice.forms.slim import Slim
+
+Form = Mask | Slim | Select
+
+__all__ = [
+    "Form",
+    "Magnitude",
+    "Mask",
+    "Projected",
+    "PromptNorm",
+    "RankFusion",
+    "Sample",
+    "Select",
+    "Slim",
+    "Static",
+    "Threshold",
+    "Tokens",
+    "TopK",
+    "Uniform",
+    "collector",
+    "decode",
+    "drop",
+    "encode",
+]

@@ -1,0 +1,75 @@
+"""Cuts: which units a score keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pumice.budget import drop_lowest, removed
+from pumice.errors import PumiceError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK:
+    """Drop exactly floor(units·sparsity) units, the lowest scores first and the lowest index first on ties."""
+
+    sparsity: float
+
+    def keep(self, score: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return drop_lowest(score, removed(score.shape[-1], self.sparsity))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """Keep the top `top` of the budget by score and draw the rest without replacement, with probability ∝ score."""
+
+    sparsity: float
+    top: float = 0.0  # share of the kept units that is taken by rank: 0.5 is GRIFFIN's topk_sample
+    seed: int = 0
+
+    def keep(self, score: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        units = score.shape[-1]
+        kept = units - removed(units, self.sparsity)
+        first = int(kept * self.top)
+        live = drop_lowest(score, units - first)
+        if kept > first:
+            odds = torch.where(live, 0.0, score.clamp_min(torch.finfo(score.dtype).tiny)).cpu()
+            drawn = torch.multinomial(odds, kept - first, generator=generator).to(score.device)
+            live = live.scatter(-1, drawn, True)
+        return live
+
+
+@dataclass(frozen=True, kw_only=True)
+class Threshold:
+    """Drop a unit if and only if score <= tau, so that NaN stays live and is seen."""
+
+    tau: float
+    sparsity: float  # what it removed on the calibration text
+
+    def keep(self, score: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return ~(score <= self.tau)
+
+    @classmethod
+    def removing(cls, score: Tensor, sparsity: float) -> Threshold:
+        """The largest tau that removes no more than floor(n·s) of these scores; ties at it stay together.
+
+        A score of zero is dropped by every threshold, so of a ReLU's neurons those are gone whatever is asked for.
+        """
+        flat = score.flatten()
+        if bool(flat.isnan().any()):
+            raise PumiceError("a threshold was asked of scores with NaN among them: the model overflows on this text.")
+        k = removed(flat.numel(), sparsity)
+        tau = 0.0
+        if k:
+            ordered = flat.kthvalue(k).values
+            following = flat[flat > ordered]
+            # halfway to the next score, so that rounding on another machine does not move a unit across
+            tau = ordered.item()
+            if int((flat <= tau).sum()) > k:  # ties reach beyond the budget: they stay
+                below = flat[flat < tau]
+                tau = below.max().item() if below.numel() else 0.0
+            elif following.numel():
+                tau = (tau + following.min().item()) / 2
+        return cls(tau=tau, sparsity=(flat <= tau).float().mean().item() if flat.numel() else 0.0)

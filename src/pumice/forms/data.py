@@ -1,0 +1,51 @@
+"""Forms as plain data and back; only the closed set of types is ever built."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pumice.errors import PumiceError
+from pumice.forms.cuts import Sample, Threshold, TopK
+from pumice.forms.mask import Mask
+from pumice.forms.scores import Magnitude, Projected, PromptNorm, RankFusion, Static, Uniform
+from pumice.forms.select import Select
+from pumice.forms.slim import Slim
+
+SCORES = (PromptNorm, Static, RankFusion, Uniform, Magnitude, Projected)
+TYPES = {t.__name__: t for t in (Mask, Slim, Select, *SCORES, TopK, Sample, Threshold)}
+
+
+def collector(tensors: dict[str, Tensor]):
+    """A `put` for `encode` that fills `tensors` as safetensors wants them: contiguous, and no two in one memory."""
+    held: set[int] = set()
+
+    def put(key: str, tensor: Tensor) -> str:
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[key] = tensor.clone() if place in held else tensor
+        held.add(place)
+        return key
+
+    return put
+
+
+def encode(value, put, key: str):
+    """A form as plain data; `put(key, tensor)` takes its tensors."""
+    if isinstance(value, Tensor):
+        return {"tensor": put(key, value)}
+    if type(value).__name__ in TYPES:
+        fields = {name: encode(item, put, f"{key}.{name}") for name, item in vars(value).items()}
+        return {"type": type(value).__name__, **fields}
+    return value
+
+
+def decode(data, get):
+    """The form that `encode` wrote; `get(key)` gives its tensors. Only the closed set of types is ever built."""
+    if not isinstance(data, dict):
+        return data
+    if "tensor" in data:
+        return get(data["tensor"])
+    known = TYPES.get(str(data.get("type")))
+    if known is None:
+        raise PumiceError(f"it holds a form {data.get('type')!r}, which this version of pumice does not know.")
+    return known(**{name: decode(item, get) for name, item in data.items() if name != "type"})

@@ -1,0 +1,116 @@
+"""Scores: what units are ranked by.
+
+A score of scope `prompt` is made of the prompt's statistic, `of(statistic, count)`; one of scope `token` of what is
+known of every token at the site, `of_tokens(tokens)`. Calibration and every way of running read the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pumice.arch.activations import ACTIVATIONS
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PromptNorm:
+    """s_j = ‖ z_tj / (‖z_t‖ + ε) ‖ over the prompt's tokens t (GRIFFIN).  `prior` decides where no token was seen."""
+
+    eps: float = 1e-6
+    prior: Tensor | None = None  # [units]
+
+    def of(self, statistic: Tensor, count: Tensor) -> Tensor:
+        """Σ_t (z_tj/‖z_t‖)² [B, units] and tokens seen [B] -> score [B, units]."""
+        score = statistic.sqrt()
+        if self.prior is None:
+            return score
+        return torch.where((count > 0)[:, None], score, self.prior.to(score))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Static:
+    """One score for every prompt: calibrated, or a property of the weights."""
+
+    values: Tensor  # [units]
+    eps: float = 1e-6
+
+    def of(self, statistic: Tensor, count: Tensor) -> Tensor:
+        return self.values.to(statistic).expand_as(statistic)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RankFusion:
+    """(1-λ)·rank(prompt) + λ·rank(global): the prompt's order steadied by a calibrated one (arXiv:2508.14302)."""
+
+    values: Tensor  # [units], the global score
+    weight: float = 0.5  # λ
+    eps: float = 1e-6
+
+    def of(self, statistic: Tensor, count: Tensor) -> Tensor:
+        steady = _rank(self.values.to(statistic))
+        fused = (1 - self.weight) * _rank(statistic) + self.weight * steady
+        return torch.where((count > 0)[:, None], fused, steady)  # no token seen: the calibrated order alone
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Uniform:
+    """Every unit alike: with `Sample` the random baseline."""
+
+    eps: float = 1e-6
+
+    def of(self, statistic: Tensor, count: Tensor) -> Tensor:
+        return torch.ones_like(statistic)
+
+
+def _rank(score: Tensor) -> Tensor:
+    return score.argsort(dim=-1, stable=True).argsort(dim=-1).to(torch.float32)
+
+
+# ---- of every token -------------------------------------------------------------------------------------------------
+
+
+@dataclass(kw_only=True)
+class Tokens:
+    """What is known of some tokens at a site. Made on demand: what a score does not read is never computed."""
+
+    a: Callable[[], Tensor] | None = None  # what the units give, [..., units·width]
+    x: Callable[[], Tensor] | None = None  # what they are made from, [..., d]
+    parts: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # gate, up: what a matrix gives, [..., units]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Magnitude:
+    """s_j = w_j·|a_j|, of a unit of several channels its norm: known when the units have run.
+
+    w is 1 (TEAL, arXiv:2408.14690) or ‖W_:,j‖₂ (WINA, arXiv:2505.19427; contribution, arXiv:2411.02335).
+    """
+
+    units: int
+    weight: Tensor | None = None  # [units]
+    known = "after"
+
+    def of_tokens(self, tokens: Tokens) -> Tensor:
+        a = tokens.a().float()
+        size = a.abs() if a.shape[-1] == self.units else a.unflatten(-1, (self.units, -1)).norm(dim=-1)
+        return size if self.weight is None else size * self.weight.to(size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Projected:
+    """s_j = w_j·|act(z_j)|, z what one of the matrices of an FFN gives: known when that one has run.
+
+    The gate with its activation is CATS (arXiv:2404.08763), `up` without one COUNTDOWN (arXiv:2505.17701).
+    """
+
+    role: str = "gate"
+    activation: str = ""  # of arch.activations; none: z itself
+    weight: Tensor | None = None  # [units]
+    known = "between"
+
+    def of_tokens(self, tokens: Tokens) -> Tensor:
+        z = tokens.parts[self.role]().float()
+        size = (ACTIVATIONS[self.activation](z) if self.activation else z).abs()
+        return size if self.weight is None else size * self.weight.to(size)

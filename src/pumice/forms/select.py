@@ -1,0 +1,85 @@
+"""Select: units of a site chosen while the model runs: score × cut × unit × scope.
+
+prompt   the prompt's statistic chooses once; the prompt itself runs dense, generated tokens run sparse
+token    every token chooses for itself; nothing outlives a forward
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pumice.budget import removed
+from pumice.errors import PumiceError
+from pumice.forms.cuts import Sample, Threshold, TopK
+from pumice.forms.scores import Magnitude, Projected, PromptNorm, RankFusion, Static, Tokens, Uniform
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Select:
+    """Units of one site chosen while the model runs.
+
+    `batch`, of scope `prompt`: every sequence has its own set, or there is one from Σ_b s_b/√S_b, S_b the prompt's
+    length. `first`, of scope `token`: so many tokens at the start of a sequence stay dense (attention sinks).
+    """
+
+    score: PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected
+    cut: TopK | Sample | Threshold
+    units: int
+    scope: Literal["prompt", "token"] = "prompt"
+    batch: Literal["sequence", "shared"] = "sequence"
+    first: int = 0
+    weights: int = 1  # of one unit, so that the sparsities of sites of several kinds add up
+
+    def __post_init__(self) -> None:
+        if (self.scope == "token") != hasattr(self.score, "of_tokens"):
+            raise PumiceError(f"{type(self.score).__name__} is no score of scope {self.scope}.")
+        if self.scope == "prompt" and isinstance(self.cut, Threshold):
+            raise PumiceError("a Threshold is a cut of scope token; a prompt chooses a number of units.")
+
+    @property
+    def sparsity(self) -> float:
+        if isinstance(self.cut, Threshold):
+            return self.cut.sparsity
+        return removed(self.units, self.cut.sparsity) / self.units
+
+    def live_of(self, tokens: Tokens) -> Tensor:
+        """Scope `token`: the live units of every token, bool [..., units]."""
+        return self.cut.keep(self.score.of_tokens(tokens))
+
+    def statistic(self, activations: Tensor, counts: Tensor) -> Tensor:
+        """Σ_t (z_tj/(‖z_t‖+ε))² over the counted tokens, fp32: [B, T, units·width], [B, T] -> [B, units]."""
+        z = activations.float().masked_fill((counts == 0)[..., None], 0)  # padding may hold anything, NaN too
+        z = z / (z.norm(dim=-1, keepdim=True) + self.score.eps)
+        squares = z.square() * counts[..., None]
+        return squares.sum(1).unflatten(-1, (self.units, -1)).sum(-1)
+
+    def choose(self, statistic: Tensor, count: Tensor, name: str = "") -> Tensor:
+        """Σ statistic [B, units], tokens seen [B] -> live units, bool [B, units] (shared: the same in every row)."""
+        if self.batch == "shared":
+            # s = Σ_b s_b/√S_b; as a sum of squares, so that every score reads it the same way
+            shared = (statistic.sqrt() / count.clamp_min(1).sqrt()[:, None]).sum(0, keepdim=True)
+            live = self.choose_rows(shared.square(), count.sum(0, keepdim=True), name)
+            return live.expand(statistic.shape[0], -1)
+        return self.choose_rows(statistic, count, name)
+
+    def choose_rows(self, statistic: Tensor, count: Tensor, name: str) -> Tensor:
+        generator = torch.Generator().manual_seed(getattr(self.cut, "seed", 0) * 1_000_003 + zlib.crc32(name.encode()))
+        return self.cut.keep(self.score.of(statistic, count), generator)
+
+    def reference(self, activations: Tensor, counts: Tensor, sparse: Tensor, name: str = "") -> Tensor:
+        """Exact result of one pass in which `counts` [B, T] feed the statistic and `sparse` [B, T] run sparse."""
+        live = self.choose(self.statistic(activations, counts), counts.sum(1), name)
+        return drop(activations, live, sparse)
+
+
+def drop(activations: Tensor, live: Tensor, sparse: Tensor) -> Tensor:
+    """Zero the dead units of the sparse positions [B, T]: a [B, T, units·width], live [B, units] or [B, T, units]."""
+    width = activations.shape[-1] // live.shape[-1]
+    live = live.repeat_interleave(width, dim=-1) if width > 1 else live
+    live = live[:, None, :] if live.dim() == 2 else live
+    return activations.masked_fill(sparse[..., None] & ~live, 0)

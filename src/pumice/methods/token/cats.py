@@ -1,0 +1,25 @@
+"""CATS: an FFN runs only the neurons whose gate is open.  arXiv:2404.08763
+
+neuron j runs where |act(gate_j x)| > τ;  τ is the quantile over calibration text, one for each FFN.
+"""
+
+from __future__ import annotations
+
+from pumice.calib.stats import Entries, SiteStats
+from pumice.calib.thresholds import by_threshold
+from pumice.forms import Projected, Select
+from pumice.registry import method
+from pumice.sites import Site
+
+
+@method("cats", kinds=["ffn"])
+class Cats:
+    """The gate runs whole, so at most two thirds of a gated FFN are saved; without a gate `up` takes its place."""
+
+    sparsity: float = 0.5
+    first: int = 1  # tokens at the start of a sequence that stay dense
+    needs = (Entries,)
+
+    def solve(self, site: Site, stats: SiteStats) -> Select:
+        score = Projected(role=site.in_roles[0], activation=site.activation)
+        return by_threshold(score, site, stats, self.sparsity, self.first)

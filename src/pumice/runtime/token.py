@@ -1,0 +1,139 @@
+"""Units that every token chooses for itself: dense work, then zeros at the door of the matrix that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pumice.errors import PumiceError
+from pumice.forms import Magnitude, Mask, Select, Tokens, drop
+from pumice.runtime.counters import Counter
+from pumice.runtime.tree import respliced
+from pumice.sites import Site
+
+if TYPE_CHECKING:
+    from pumice.plan import Plan
+    from pumice.runtime.live import Runtime
+
+
+@dataclass(eq=False)
+class TokenSelection:
+    """One site's Select of scope `token` at run time."""
+
+    site: Site
+    form: Select
+    runtime: Runtime
+    counter: Counter = field(default_factory=Counter)
+    seen: dict[str, Tensor] = field(default_factory=dict)  # of the running forward: role -> output, `entry` -> input
+
+    @property
+    def ran(self) -> str:
+        """How it ran last, in a word of the reports."""
+        return "masked, no gathered form"
+
+    def edit(self, a: Tensor) -> Tensor:
+        """What enters the consuming matrix, [B·T or B, T, units·width], with the dead units of each token at zero."""
+        step = self.runtime.current
+        sparse = step.tokens(self.form.first)
+        if sparse is not None and not bool(sparse.any()):
+            self.count(step.valid, sparse, None)
+            return a
+        rows = a.reshape(*step.shape, -1)
+        live = self.form.live_of(self.tokens(rows))
+        self.count(step.valid, sparse, live)
+        everywhere = torch.ones_like(step.valid) if sparse is None else sparse
+        return drop(rows, live, everywhere.to(a.device)).reshape(a.shape)
+
+    def edit_routed(self, tokens: Tensor, a: Tensor) -> Tensor:
+        """`edit` for the tokens [n] (numbers in the flattened batch) that were routed to one expert, a [n, units]."""
+        step = self.runtime.current
+        sparse, valid = step.tokens(self.form.first), step.valid.to(a.device).flatten()[tokens, None]
+        sparse = None if sparse is None else sparse.to(a.device).flatten()[tokens, None]
+        live = self.form.live_of(Tokens(a=lambda: a[:, None]))
+        self.count(valid, sparse, live)
+        return drop(a[:, None], live, torch.ones_like(valid) if sparse is None else sparse)[:, 0]
+
+    def tokens(self, a: Tensor) -> Tokens:
+        shape = a.shape[:2]
+        return Tokens(
+            a=lambda: a,
+            x=lambda: self.seen["entry"].reshape(*shape, -1),
+            parts={role: partial(self.part, role, shape) for role in self.site.in_roles},
+        )
+
+    def part(self, role: str, shape: tuple[int, int]) -> Tensor:
+        """What a matrix gave for the units, [B, T, units·width]."""
+        part = self.site.parts[role]
+        whole = self.seen[part.module].reshape(*shape, -1)
+        return whole[..., part.index(torch.arange(self.form.units, device=whole.device))]
+
+    def count(self, valid: Tensor, sparse: Tensor | None, live: Tensor | None) -> None:
+        if not self.runtime.counting:
+            return
+        chosen = valid if sparse is None else valid & sparse
+        tokens = int(chosen.sum())
+        self.counter.dense += int(valid.sum()) - tokens
+        self.counter.masked += tokens
+        if tokens and live is not None:
+            self.counter.live += live[chosen.to(live.device)].float().mean(-1).sum().item()
+
+
+def check_token(site: Site, form: Select) -> None:
+    """Refuse what a site cannot know of its tokens."""
+    if site.kind == "experts":
+        raise PumiceError(f"{site.name}: the router chooses experts for every token already.")
+    if site.kind == "linear" and not isinstance(form.score, Magnitude):
+        raise PumiceError(f"{site.name} is a single matrix: its columns go by Magnitude.")
+    role = getattr(form.score, "role", None)
+    if role is not None and (site.expert is not None or role not in site.in_roles):
+        raise PumiceError(f"{site.name} has no matrix {role!r} whose output could be read before the others run.")
+
+
+def check_overlap(sites: Mapping[str, Site], plan: Plan) -> None:
+    """Refuse two choices of the same columns: of an FFN's neurons, and of what its `down` reads, say."""
+    taken: dict[str, str] = {}
+    for name, form in {**plan.weights, **plan.select}.items():
+        if isinstance(form, Mask) or sites[name].kind == "experts":
+            continue
+        columns = sites[name].input
+        if columns in taken and sites[name].parts[sites[name].out_role].module == columns:
+            raise PumiceError(
+                f"the plan chooses the columns of {columns} twice, by {taken[columns]} and by {name}. Leave one out."
+            )
+        if sites[name].kind != "linear" or sites[name].parts["weight"].module == columns:
+            taken[columns] = name
+
+
+def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> dict[str, nn.Module]:
+    """Replacements, by module name, that run one Select of scope `token`."""
+    site = selection.site
+    out = site.parts[site.out_role].module
+    replaced = {}
+
+    def noting(name: str, dense: Callable, entry: bool) -> Callable:
+        def forward(x: Tensor, *args, **kwargs) -> Tensor:
+            if entry:
+                selection.seen["entry"] = x
+            selection.seen[name] = y = dense(x, *args, **kwargs)
+            return y
+
+        return forward
+
+    def editing(dense: Callable) -> Callable:
+        def forward(a: Tensor, *args, **kwargs) -> Tensor:
+            edited = selection.edit(a)
+            selection.seen.clear()
+            return dense(edited, *args, **kwargs)
+
+        return forward
+
+    if not isinstance(selection.form.score, Magnitude):
+        for name in {site.parts[role].module for role in site.in_roles}:
+            replaced[name] = respliced(get(name), noting(name, get(name).forward, name == site.entry))
+    replaced[out] = respliced(get(out), editing(get(out).forward))
+    return replaced

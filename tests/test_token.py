@@ -1,0 +1,345 @@
+"""Units that every token chooses: thresholds of the papers' formulas, applied at the door of the matrix that reads."""
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.pytorch_utils import Conv1D
+
+import oracle
+import pumice
+from pumice.calib.data import Windows
+from pumice.calib.stats import Inputs
+from pumice.errors import PumiceError
+from pumice.eval.perplexity import perplexity
+from pumice.forms import Magnitude, Projected, PromptNorm, Select, Threshold, Tokens, TopK
+from pumice.methods.prompt.griffin import Griffin
+from pumice.methods.token.cats import Cats
+from pumice.methods.token.contribution import Contribution
+from pumice.methods.token.countdown import Countdown
+from pumice.methods.token.teal import Teal
+from pumice.methods.token.wina import Wina
+from pumice.plan import Plan
+from tiny import FAMILIES, tiny
+
+CALIBRATION = torch.randint(3, 96, (4, 20), generator=torch.Generator().manual_seed(3))
+IDS = torch.randint(3, 96, (3, 14), generator=torch.Generator().manual_seed(4))
+DENSE_FAMILIES = [family for family in FAMILIES if family not in ("mixtral", "qwen3_moe")]
+EVERY = [Teal, Wina, Cats, Countdown, Contribution]
+
+
+def sparse(model, method, exec="reference", ids=CALIBRATION):
+    plan = pumice.sparsify(model, method, ids, resume=False)
+    return pumice.attach(model, plan, exec=exec), plan
+
+
+@torch.no_grad()
+def logits(model, ids=IDS, **given):
+    return model(ids, **given).logits
+
+
+def cut_of(scores, sparsity):
+    """Between the k-th smallest score and the next; equal ones (of a token that comes twice) stay together."""
+    ordered = np.sort(scores.flatten())
+    k = int(scores.size * sparsity + 1e-9)
+    if ordered[k - 1] == ordered[k]:
+        return ordered[ordered < ordered[k]].max(initial=0.0)
+    return (ordered[k - 1] + ordered[k]) / 2
+
+
+@contextmanager
+def doors(model, edits):
+    """Run with what enters each module changed by `edits`: name -> function."""
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda m, args, edit=edit: (edit(args[0]), *args[1:]))
+        for name, edit in edits.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def seen(model, names, ids=CALIBRATION):
+    found = {}
+    with doors(model, {name: lambda x, name=name: found.setdefault(name, x) for name in names}):
+        model(ids)
+    return found
+
+
+def linears(model, family):
+    return [
+        f"{name}.{key}"
+        for name, block in oracle.blocks(model, family)
+        for key, module in block.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D))
+    ]
+
+
+@pytest.mark.parametrize("family", DENSE_FAMILIES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sparsity", [0.3, 0.6])
+def test_columns_go_by_the_formula(family, weighted, sparsity):
+    model, edits = tiny(family), {}
+    for name, x in seen(model, linears(model, family)).items():
+        module = model.get_submodule(name)
+        weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
+        scale = weight.norm(dim=0) if weighted else 1.0
+        tau = cut_of((x.abs() * scale).numpy(), sparsity)
+        edits[name] = lambda x, scale=scale, tau=tau: x * (x.abs() * scale > tau)
+    with doors(model, edits):
+        expected = logits(model)
+    twin, plan = sparse(model, (Wina if weighted else Teal)(sparsity=sparsity, first=0))
+    assert set(plan.select) == set(edits)
+    torch.testing.assert_close(logits(twin), expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(twin), logits(model), atol=1e-3)
+
+
+def swiglu(activation, fused):
+    def parts(mlp, x):
+        if fused:
+            return mlp.gate_up_proj(x).chunk(2, dim=-1)
+        return mlp.gate_proj(x), mlp.up_proj(x)
+
+    def scores(mlp, x):
+        gate, up = parts(mlp, x)
+        a, norm = activation(gate) * up, mlp.down_proj.weight.norm(dim=0)
+        return {Cats: activation(gate).abs(), Countdown: up.abs() * norm, Contribution: a.abs() * norm}
+
+    return scores
+
+
+def gelu_tanh(x):
+    return F.gelu(x, approximate="tanh")
+
+
+SCORES = {"llama": swiglu(F.silu, False), "qwen3": swiglu(F.silu, False), "gemma3": swiglu(gelu_tanh, False),
+          "phi3": swiglu(F.silu, True)}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", SCORES)
+@pytest.mark.parametrize("method", [Cats, Countdown, Contribution])
+def test_neurons_of_a_gated_ffn_go_by_the_formula(family, method):
+    model, edits = tiny(family), {}
+    names = [f"{name}.mlp" for name, _ in oracle.blocks(model, family)]
+    for name, x in seen(model, names).items():
+        mlp = model.get_submodule(name)
+        entered = {}
+        tau = cut_of(SCORES[family](mlp, x)[method].numpy(), 0.4)
+        edits[name] = lambda x, entered=entered: entered.setdefault("x", x)
+
+        def drop(a, mlp=mlp, entered=entered, tau=tau):
+            return a * (SCORES[family](mlp, entered.pop("x"))[method] > tau)
+
+        edits[f"{name}.down_proj"] = drop
+    with doors(model, edits):
+        expected = logits(model)
+    twin, _ = sparse(model, method(sparsity=0.4, first=0))
+    torch.testing.assert_close(logits(twin), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["opt", "gpt2", "gpt_neox", "bloom"])
+def test_neurons_without_a_gate_go_by_their_own_size(family):
+    model, edits = tiny(family), {}
+    downs = [f"{name}.{oracle.DOWN[family]}" for name, _ in oracle.blocks(model, family)]
+    for name, a in seen(model, downs).items():
+        tau = cut_of(a.abs().numpy(), 0.7)
+        edits[name] = lambda a, tau=tau: a * (a.abs() > tau)
+    with doors(model, edits):
+        expected = logits(model)
+    twin, _ = sparse(model, Cats(sparsity=0.7, first=0))
+    torch.testing.assert_close(logits(twin), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [Teal, Contribution])
+def test_every_family_meets_the_request_on_the_calibration_text(family, method):
+    """Exactly, but where the scores tie (a ReLU's zeros)."""
+    model = tiny(family)
+    _, plan = sparse(model, method(sparsity=0.5))
+    for name, form in plan.select.items():
+        assert form.scope == "token" and (abs(form.sparsity - 0.5) < 0.02 or "fc" in name or "ffn" in name), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_selection_that_drops_everything_is_felt_at_every_site(family):
+    model = tiny(family)
+    dense = logits(model)
+    for kind, method in (("linear", Teal), ("ffn", Contribution)):
+        _, plan = sparse(model, method(sparsity=0.5, first=0))
+        for name, form in plan.select.items():
+            off = Select(score=form.score, cut=Threshold(tau=float("inf"), sparsity=1.0), units=form.units,
+                         scope="token")  # fmt: skip
+            found = logits(pumice.attach(model, Plan(select={name: off}), exec="reference"))
+            assert (found - dense).abs().max() > 1e-4, (kind, name)
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_tokens_that_come_later_change_nothing_before_them(method):
+    model = tiny("llama")
+    twin, _ = sparse(model, method())
+    other = IDS.clone()
+    other[:, 9:] = (other[:, 9:] + 7) % 93 + 3
+    torch.testing.assert_close(logits(twin)[:, :9], logits(twin, other)[:, :9])
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_a_pass_is_prefill_and_decode(method, family):
+    model = tiny(family)
+    twin, _ = sparse(model, method())
+    with torch.no_grad(), twin.pumice.phase(9):
+        whole = twin(IDS).logits
+        out = twin(IDS[:, :9], use_cache=True)
+        steps = [out.logits]
+        for t in range(9, IDS.shape[1]):
+            out = twin(IDS[:, t : t + 1], past_key_values=out.past_key_values)
+            steps.append(out.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(whole[:, :9], logits(model)[:, :9], rtol=1e-4, atol=1e-4)  # the prompt is dense
+    assert not torch.allclose(whole[:, 9:], logits(model)[:, 9:], atol=1e-3)
+
+
+def test_unsaid_every_position_is_sparse_but_the_first():
+    model = tiny("llama")
+    twin, _ = sparse(model, Teal(first=2))
+    found, dense = logits(twin), logits(model)
+    torch.testing.assert_close(found[:, :2], dense[:, :2])
+    assert (found[:, 2:] - dense[:, 2:]).abs().amax(-1).min() > 1e-4
+
+
+def test_the_first_tokens_are_those_behind_the_padding():
+    model = tiny("llama")
+    twin, _ = sparse(model, Teal(first=2))
+    pads, ids, valid = (0, 5, 2), IDS.clone(), torch.ones_like(IDS)
+    for row, pad in enumerate(pads):
+        ids[row, :pad], valid[row, :pad] = 0, 0
+    together = logits(twin, ids, attention_mask=valid)
+    for row, pad in enumerate(pads):
+        torch.testing.assert_close(together[row, pad:], logits(twin, ids[row : row + 1, pad:])[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [Teal, Cats])
+def test_generation_is_the_greedy_choice_of_the_phases(method):
+    model = tiny("llama")
+    model.generation_config.eos_token_id = None
+    twin, _ = sparse(model, method(sparsity=0.7))
+    made = twin.generate(IDS, max_new_tokens=5, do_sample=False)
+    with torch.no_grad(), twin.pumice.phase(IDS.shape[1]):
+        again = twin(made).logits.argmax(-1)
+    assert (made[:, IDS.shape[1] :] == again[:, IDS.shape[1] - 1 : -1]).all()
+
+
+def test_the_density_that_is_counted_is_that_of_the_scores():
+    model = tiny("llama")
+    plan = pumice.sparsify(model, Cats(sparsity=0.5, first=0), CALIBRATION, resume=False)
+    first = next(iter(plan.select))
+    twin = pumice.attach(model, Plan(select={first: plan.select[first]}), exec="reference")
+    twin.pumice.counting = True
+    logits(twin, CALIBRATION)
+    assert twin.pumice.selections[first].counter.density == pytest.approx(0.5, abs=1e-3)
+
+
+def test_perplexity_needs_no_prompt():
+    model = tiny("llama")
+    twin, _ = sparse(model, Teal())
+    windows = Windows(ids=IDS, valid=torch.ones_like(IDS, dtype=torch.bool), protocol={})
+    assert perplexity(twin, windows).perplexity > 0
+
+
+@pytest.mark.parametrize(
+    "values, sparsity, tau, removed",
+    [
+        ([1.0, 2, 3, 4], 0.5, 2.5, 0.5),
+        ([1.0, 2, 2, 4], 0.5, 1.0, 0.25),  # ties stay together
+        ([0.0, 0, 0, 4], 0.5, 0.0, 0.75),  # what adds nothing goes whatever is asked for
+        ([1.0, 2, 3, 4], 0.0, 0.0, 0.0),
+        ([1.0, 2, 3, 4], 1.0, 4.0, 1.0),
+    ],
+)
+def test_a_threshold_is_the_quantile(values, sparsity, tau, removed):
+    cut = Threshold.removing(torch.tensor(values), sparsity)
+    assert (cut.tau, cut.sparsity) == (tau, removed)
+
+
+def test_a_skewed_distribution_meets_its_quantile():
+    """The paper's code asks F⁻¹(0.5 + p/2) of a distribution that it takes to be symmetric about zero."""
+    x = torch.randn(4096, 8, generator=torch.Generator().manual_seed(0)).exp() - 0.7
+    assert Threshold.removing(x.abs(), 0.3).sparsity == pytest.approx(0.3, abs=1e-4)
+
+
+def test_nan_stays_live_and_calibration_refuses_it():
+    score = torch.tensor([1.0, float("nan"), 3.0])
+    assert Threshold(tau=2.0, sparsity=0.5).keep(score).tolist() == [False, True, True]
+    with pytest.raises(PumiceError, match="NaN"):
+        Threshold.removing(score, 0.5)
+
+
+def test_a_unit_of_several_channels_counts_by_its_norm():
+    a = torch.tensor([[3.0, 4.0, 0.0, 1.0]])
+    assert Magnitude(units=2).of_tokens(Tokens(a=lambda: a)).tolist() == [[5.0, 1.0]]
+
+
+def test_rows_are_kept_evenly_over_the_text():
+    kept = Inputs(1, torch.device("cpu"))
+    kept.limit = 16
+    for start in range(0, 100, 7):
+        kept.add(torch.arange(start, min(start + 7, 100))[:, None].float())
+    rows = kept.value()[:, 0].tolist()
+    assert rows == list(range(0, 100, int(rows[1]))) and 8 < len(rows) <= 16
+
+
+def test_two_choices_of_the_same_columns_are_refused():
+    model = tiny("llama")
+    plans = [pumice.sparsify(model, m, CALIBRATION, resume=False) for m in (Cats(), Teal(where="*down_proj"))]
+    with pytest.raises(PumiceError, match=r"twice, by model\.layers\.0\.mlp and by model\.layers\.0\.mlp\.down_proj"):
+        pumice.attach(model, plans[0].merge(plans[1]))
+    both = plans[0].merge(pumice.sparsify(model, Teal(where="*self_attn*"), CALIBRATION, resume=False))
+    logits(pumice.attach(model, both, exec="reference"))
+    mixed = pumice.sparsify(model, Griffin()).merge(plans[1])
+    with pytest.raises(PumiceError, match="twice"):
+        pumice.attach(model, mixed)
+
+
+@pytest.mark.parametrize(
+    "score, scope, message",
+    [
+        (PromptNorm(), "token", "PromptNorm is no score of scope token"),
+        (Magnitude(units=44), "prompt", "Magnitude is no score of scope prompt"),
+    ],
+)
+def test_a_score_of_another_scope_is_refused(score, scope, message):
+    with pytest.raises(PumiceError, match=message):
+        Select(score=score, cut=TopK(sparsity=0.5), units=44, scope=scope)
+
+
+def test_what_a_site_cannot_know_is_refused():
+    gate = Select(score=Projected(), cut=Threshold(tau=0.1, sparsity=0.5), units=44, scope="token")
+    with pytest.raises(PumiceError, match="no matrix 'gate'"):
+        pumice.attach(tiny("opt"), Plan(select={"model.decoder.layers.0.ffn": gate}))
+    with pytest.raises(PumiceError, match="has no gate"):
+        sparse(tiny("opt"), Countdown())
+
+
+def test_top_k_may_cut_the_scores_of_a_token():
+    model = tiny("llama")
+    _, plan = sparse(model, Contribution())
+    name, form = next(iter(plan.select.items()))
+    exact = Select(score=form.score, cut=TopK(sparsity=0.5), units=form.units, scope="token")
+    twin = pumice.attach(model, Plan(select={name: exact}), exec="reference")
+    twin.pumice.counting = True
+    logits(twin)
+    assert twin.pumice.selections[name].counter.density == 0.5
+
+
+@pytest.mark.parametrize("method", EVERY)
+def test_a_plan_comes_back_from_disk(method, tmp_path):
+    model = tiny("llama")
+    twin, plan = sparse(model, method())
+    plan.save(tmp_path)
+    torch.testing.assert_close(logits(pumice.attach(model, Plan.load(tmp_path), exec="reference")), logits(twin))
