@@ -14,8 +14,10 @@ from pumice.calib.data import Windows
 from pumice.calib.stats import Inputs
 from pumice.errors import PumiceError
 from pumice.eval.perplexity import perplexity
+from pumice.eval.speed import decode_bytes
 from pumice.forms import Magnitude, Projected, PromptNorm, Select, Threshold, Tokens, TopK
 from pumice.methods.prompt.griffin import Griffin
+from pumice.methods.static.magnitude import Magnitude as Magnitude_
 from pumice.methods.token.cats import Cats
 from pumice.methods.token.contribution import Contribution
 from pumice.methods.token.countdown import Countdown
@@ -343,3 +345,117 @@ def test_a_plan_comes_back_from_disk(method, tmp_path):
     twin, plan = sparse(model, method())
     plan.save(tmp_path)
     torch.testing.assert_close(logits(pumice.attach(model, Plan.load(tmp_path), exec="reference")), logits(twin))
+
+
+# ---- the fast path --------------------------------------------------------------------------------------------------
+
+
+def fast(model, plan):
+    return pumice.attach(model, plan, exec="fast", kernels="always")
+
+
+def steps(twin, ids=IDS, prompt=9):
+    """Logits of the tokens after a prompt, one forward each."""
+    with torch.no_grad(), twin.pumice.phase(prompt):
+        out = twin(ids[:, :prompt], use_cache=True)
+        found = []
+        for t in range(prompt, ids.shape[1]):
+            out = twin(ids[:, t : t + 1], past_key_values=out.past_key_values)
+            found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", [Teal, Wina, Cats, Contribution])
+def test_fast_is_the_reference(family, method):
+    model = tiny(family)
+    if method is Cats and family in ("mixtral", "qwen3_moe"):
+        method = Contribution
+    plan = pumice.sparsify(model, method(sparsity=0.6), CALIBRATION, resume=False)
+    twin = fast(model, plan)
+    torch.testing.assert_close(steps(twin), steps(pumice.attach(model, plan, exec="reference")), rtol=2e-4, atol=2e-4)
+    for name, selection in twin.pumice.selections.items():
+        assert selection.skipped == ("[" not in name), name
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_fast_in_bf16(method, rows):
+    model = tiny("llama").to(torch.bfloat16)
+    ids = torch.randint(3, 96, (rows, 12), generator=torch.Generator().manual_seed(rows))
+    plan = pumice.sparsify(model, method(sparsity=0.5), CALIBRATION, resume=False)
+    twin = fast(model, plan)
+    found, expected = steps(twin, ids).float(), steps(pumice.attach(model, plan, exec="reference"), ids).float()
+    assert (found - expected).norm() < 0.05 * expected.norm()
+    assert all(selection.skipped for selection in twin.pumice.selections.values())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt2", "opt"])
+@pytest.mark.parametrize("method", [Teal, Cats, Contribution])
+def test_fast_feels_a_selection_that_drops_everything(family, method):
+    model = tiny(family)
+    plan = pumice.sparsify(model, method(first=0), CALIBRATION, resume=False)
+    for name, form in plan.select.items():
+        off = Select(score=form.score, cut=Threshold(tau=float("inf"), sparsity=1.0), units=form.units, scope="token")
+        twin = fast(model, Plan(select={name: off}))
+        expected = steps(pumice.attach(model, Plan(select={name: off}), exec="reference"))
+        torch.testing.assert_close(steps(twin), expected, rtol=2e-4, atol=2e-4)
+        assert twin.pumice.selections[name].units_read == 0
+
+
+@pytest.mark.parametrize("method", [Teal, Cats, Contribution])
+def test_bytes_are_those_of_the_units_that_were_read(method):
+    model = tiny("llama")
+    plan = pumice.sparsify(model, method(sparsity=0.5, first=0), CALIBRATION, resume=False)
+    twin = fast(model, plan)
+    before = decode_bytes(twin)[1]
+    steps(twin, IDS[:1])
+    whole = 2 * 3 * 32 * 44 * 4
+    assert before == whole
+    saved = 1 - decode_bytes(twin)[1] / whole
+    share = {Teal: 1.0, Cats: 2 / 3, Contribution: 1 / 3}[method]
+    density = np.mean(
+        [s.units_read / (s.calls * s.form.units) for n, s in twin.pumice.selections.items() if "mlp" in n]
+    )
+    assert saved == pytest.approx(share * (1 - density), abs=0.05)
+
+
+def test_many_rows_gradients_and_changed_weights_run_dense():
+    model = tiny("llama")
+    plan = pumice.sparsify(model, Teal(), CALIBRATION, resume=False)
+    twin = fast(model, plan)
+    selection = next(iter(twin.pumice.selections.values()))
+    for ids in (IDS[:1, :4], IDS[:1, :10]):
+        logits(twin, ids)
+        assert not selection.skipped  # the first token is dense
+    twin(IDS[:1, :1])
+    assert not selection.skipped
+    steps(twin)
+    assert selection.skipped
+    module = twin.get_submodule(selection.site.parts["weight"].module)
+    with torch.no_grad():
+        module.weight.mul_(1.0)
+    steps(twin)
+    assert not selection.skipped
+
+
+def test_what_was_applied_is_taken_off_again_bit_for_bit():
+    model = tiny("llama")
+    before = dict(model.named_parameters())
+    dense = logits(model)
+    plan = pumice.sparsify(model, Teal(), CALIBRATION, resume=False)
+    with plan.applied(model, kernels="always"):
+        assert not torch.equal(logits(model), dense)
+    after = dict(model.named_parameters())
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+    assert torch.equal(logits(model), dense)
+
+
+def test_a_mask_below_a_selection_is_applied_first():
+    model = tiny("llama")
+    plan = pumice.sparsify(model, [Magnitude_(sparsity=0.5), Cats(sparsity=0.5)], CALIBRATION, resume=False)
+    close = dict(rtol=2e-4, atol=2e-4)
+    reference = pumice.attach(model, plan, exec="reference")
+    torch.testing.assert_close(steps(fast(model, plan)), steps(reference), **close)
+    weights = {name: p for name, p in reference.named_parameters() if "mlp" in name}
+    assert all(0.4 < (p == 0).float().mean() < 0.6 for p in weights.values())

@@ -112,7 +112,7 @@ def decode_bytes(model: nn.Module) -> tuple[int, int]:
 
 
 def _gathered(model: nn.Module) -> dict[str, int]:
-    """Bytes of what stands in for each parameter: packed weights, or a smaller matrix and bias."""
+    """Bytes of what stands in for each parameter: packed weights, a smaller matrix, or the rows that tokens chose."""
     runtime = getattr(model, "pumice", None)
     packed = runtime.packed.items() if runtime is not None else ()
     sizes = {name: forward.product.bytes for name, forward in packed if forward.ran}
@@ -120,6 +120,9 @@ def _gathered(model: nn.Module) -> dict[str, int]:
         sizes[f"{module}.weight"] = Store(gathered.weight).bytes
         if gathered.bias is not None:
             sizes[f"{module}.bias"] = Store(gathered.bias).bytes
+    for selection in runtime.selections.values() if runtime is not None else ():
+        for name, fraction in selection.fractions().items():
+            sizes[name] = round(Store(model.get_parameter(name)).bytes * fraction)
     return sizes
 
 

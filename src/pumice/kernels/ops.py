@@ -17,7 +17,7 @@ from pumice.kernels.cpu.library import Matrix, library
 from pumice.kernels.pack import SPARE, Packed
 from pumice.store import Store
 
-_KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
+KINDS = {"fp32": 0, "bf16": 1, "int8": 2, "int4": 3}
 _IO = {torch.float32: 0, torch.bfloat16: 1}
 MAX_ROWS = 8  # rows of x that one pass over the weights serves
 
@@ -65,7 +65,7 @@ def _struct(out: int, columns: int, kind: str, tensors: tuple[Tensor | None, ...
     if any(t is not None and (t.device.type != "cpu" or not t.is_contiguous()) for t in tensors):
         raise PumiceError("the CPU kernels read contiguous tensors in the CPU's memory.")
     values, bits, offsets, scales, bias = (None if t is None else t.data_ptr() for t in tensors)
-    return Matrix(out, columns, bits, values, offsets, scales, bias, _KINDS[kind])
+    return Matrix(out, columns, bits, values, offsets, scales, bias, KINDS[kind])
 
 
 def _check(status: int) -> None:

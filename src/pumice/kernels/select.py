@@ -19,6 +19,7 @@ from pumice.errors import PumiceError
 from pumice.kernels.cpu.library import VERSION
 from pumice.kernels.ops import Product
 from pumice.kernels.pack import pack
+from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
 from pumice.store import Store
 
 SPREAD = 96 << 20  # bytes that the timed matrices cover together, so that no cache holds them between two calls
@@ -42,6 +43,24 @@ def packed_pays(out: int, columns: int, percent: int, rows: int, kind: str, tran
     layout = "T" if transposed else ""
     key = f"packed{VERSION}/{_machine('cpu')}/{kind}/{out}x{columns}{layout}:{percent}%/rows{rows}"
     return measured(key, lambda: _time_packed(out, columns, percent, rows, kind, transposed))["speedup"] > 1.0
+
+
+@cache
+def columns_pay(out: int, units: int, percent: int, rows: int, dtype: torch.dtype) -> bool:
+    """Whether a matrix of which about `percent` % of the columns are read runs faster than the dense one."""
+    if percent >= 100:
+        return False
+    key = f"columns{VERSION}/{_machine('cpu')}/{dtype}/{out}x{units}:{percent}%/rows{rows}"
+    return measured(key, lambda: _time_columns(out, units, percent, rows, dtype))["speedup"] > 1.0
+
+
+@cache
+def neurons_pay(d: int, units: int, out: int, matrices: int, percent: int, rows: int, dtype: torch.dtype) -> bool:
+    """Whether an FFN that is known by its first matrix, and then reads about `percent` % of the rest, is faster."""
+    if percent >= 100:
+        return False
+    key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{d}x{units}x{out}:{percent}%x{matrices}/rows{rows}"
+    return measured(key, lambda: _time_neurons(d, units, out, matrices, percent, rows, dtype))["speedup"] > 1.0
 
 
 def measured(key: str, measure: Callable[[], dict]) -> dict:
@@ -96,10 +115,43 @@ def _time_packed(out, columns, percent, rows, kind, transposed) -> dict:
     dense = [_dense(replace(store, tensor=store.tensor.clone())) for _ in range(copies)]
     sparse = [Product(replace(packed, values=packed.values.clone(), bits=packed.bits.clone())) for _ in range(copies)]
     x = torch.randn(rows, columns, dtype=store.tensor.dtype if store.scales is None else torch.float32)
+    return _compared(dense, sparse, x, "packed_us")
+
+
+def _time_columns(out, units, percent, rows, dtype) -> dict:
+    copies = max(2, min(64, SPREAD // (out * units * dtype.itemsize)))
+    columns = [torch.randn(units, out).to(dtype) for _ in range(copies)]
+    x = (torch.randn(rows, units) * (torch.rand(rows, units) * 100 < percent)).to(dtype)
+    dense = [partial(F.linear, weight=matrix.T) for matrix in columns]
+    return _compared(dense, [SkipColumns(matrix, None, 0.0) for matrix in columns], x, "skip_us")
+
+
+def _time_neurons(d, units, out, matrices, percent, rows, dtype) -> dict:
+    copies = max(2, min(64, SPREAD // (d * units * matrices * dtype.itemsize)))
+    x = torch.randn(rows, d).to(dtype)
+    dense, sparse = [], []
+    for _ in range(copies):
+        first, second = (torch.randn(units, d).to(dtype) for _ in range(2))
+        columns = torch.randn(units, out).to(dtype)
+        gated = matrices > 2
+        score = F.linear(x, first).float().abs().flatten()
+        tau = score.kthvalue(max(1, round(score.numel() * (1 - percent / 100)))).values.item()
+        sparse.append(SkipNeurons(Rows(weight=first), Rows(weight=second) if gated else None, columns, None,
+                                  activation="relu", tau=tau, scored=False))  # fmt: skip
+        dense.append(partial(_plain_ffn, first=first, second=second if gated else None, down=columns.T))
+    return _compared(dense, sparse, x, "skip_us")
+
+
+def _plain_ffn(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None, down: torch.Tensor) -> torch.Tensor:
+    a = F.linear(x, first).relu()
+    return F.linear(a if second is None else a * F.linear(x, second), down)
+
+
+def _compared(dense: list[Callable], sparse: list[Callable], x: torch.Tensor, name: str) -> dict:
     with torch.no_grad():
         times = [(_seconds(dense, x), _seconds(sparse, x)) for _ in range(20)]
-    dense_s, packed_s = (min(column) for column in zip(*times, strict=True))
-    return {"dense_us": dense_s * 1e6, "packed_us": packed_s * 1e6, "speedup": dense_s / packed_s}
+    dense_s, sparse_s = (min(column) for column in zip(*times, strict=True))
+    return {"dense_us": dense_s * 1e6, name: sparse_s * 1e6, "speedup": dense_s / sparse_s}
 
 
 def _dense(store: Store) -> Callable[[torch.Tensor], torch.Tensor]:

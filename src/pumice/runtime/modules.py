@@ -43,6 +43,10 @@ class Selection:
         """How it ran last, in a word of the reports."""
         return "gathered" if self.gathered else "masked" if self.timed else "masked, no gathered form"
 
+    def fractions(self) -> dict[str, float]:
+        """How much of a parameter is read where no other matrix stands in for it: all of it."""
+        return {}
+
     @cached_property
     def consumer(self) -> Tensor:
         """The matrix that reads the units, [out, units·width]."""

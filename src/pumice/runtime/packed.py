@@ -1,8 +1,7 @@
 """Packed masks: a matrix with a Mask runs as its kept weights alone, for few rows of input and where that was faster.
 
 y = x Wᵀ + b over the packed weights of `kernels.pack`. Many rows, gradients, autocast, tracing and weights that
-changed since run the dense matrix with its zeros, which stays in memory. A change through `weight.data` is not seen:
-attach again after one.
+changed since run the dense matrix with its zeros, which stays in memory.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from torch import Tensor, nn
 from pumice.errors import PumiceError
 from pumice.forms import Mask
 from pumice.kernels.cpu.library import library
-from pumice.kernels.ops import MAX_ROWS, Product
+from pumice.kernels.ops import Product
 from pumice.kernels.pack import pack
 from pumice.kernels.select import packed_pays
 from pumice.runtime.counters import Counter
+from pumice.runtime.guard import SMALLEST, Unchanged, plain
 from pumice.runtime.tree import exchange, respliced
 from pumice.sites import Site, owner
 from pumice.store import Store
 
-SMALLEST = 1 << 16  # weights: below, calling the kernel takes longer than what it saves
 KINDS = ("fp32", "bf16")
 
 
@@ -39,7 +38,7 @@ class PackedForward:
     dtype: torch.dtype
     pays: Callable[[int], bool]  # whether packed was timed faster for so many rows
     density: float
-    weights: list[tuple[str, Tensor, int]]  # of the module, as they were packed, with their versions
+    unchanged: Unchanged
     counting: Callable[[], bool]
     counter: Counter = field(default_factory=Counter)
     ran: bool = False  # whether the last call was packed
@@ -54,22 +53,12 @@ class PackedForward:
         return self.product(x) if self.ran else type(self.module).forward(self.module, x, *args, **kwargs)
 
     def can(self, x: Tensor, rows: int) -> bool:
-        if not 0 < rows <= MAX_ROWS or x.dtype is not self.dtype or x.device.type != "cpu":
-            return False
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
-            return False
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return False
-        table = self.module._parameters
-        return all(table[n] is t and _version(t) == v for n, t, v in self.weights) and self.pays(rows)
+        return plain(x, self.dtype, rows) and self.unchanged() and self.pays(rows)
 
     def __deepcopy__(self, memo: dict) -> PackedForward:
         """The copy's weights are other tensors than those that were packed, so it runs dense."""
-        return PackedForward(**{**vars(self), "module": copy.deepcopy(self.module, memo), "counter": Counter()})
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+        module = copy.deepcopy(self.module, memo)
+        return PackedForward(**{**vars(self), "module": module, "counter": Counter(), "unchanged": lambda: False})
 
 
 def unpack(model: nn.Module) -> None:
@@ -109,7 +98,7 @@ class _Dense(Exception):
 
 def _packed(model, site: Site, mask: Mask, always: bool, counting) -> PackedForward:
     view = site.parts["weight"].view
-    module, leaf = model.get_submodule(owner(view.parameter)[0]), owner(view.parameter)[1]
+    module = model.get_submodule(owner(view.parameter)[0])
     matrix, bias = site.matrix().detach(), module._parameters.get("bias")
     kind = Store(matrix).kind
     if view.expert is not None:
@@ -127,14 +116,13 @@ def _packed(model, site: Site, mask: Mask, always: bool, counting) -> PackedForw
     if not always and (matrix.numel() < SMALLEST or not pays(1)):
         raise _Dense("packed was measured no faster than dense at these shapes")
     product = Product(pack(matrix, mask.keep), bias)
-    found = {leaf: module._parameters[leaf], **({} if bias is None else {"bias": bias})}
     return PackedForward(
         module=module,
         product=product,
         dtype=matrix.dtype,
         pays=(lambda rows: True) if always else pays,
         density=kept,
-        weights=[(key, tensor, _version(tensor)) for key, tensor in found.items()],
+        unchanged=Unchanged([module]),
         counting=counting,
     )
 

@@ -1,4 +1,8 @@
-"""Units that every token chooses for itself: dense work, then zeros at the door of the matrix that reads them."""
+"""Units that every token chooses for itself.
+
+The reference does dense work and puts zeros at the door of the matrix that reads the units; the fast path
+(runtime/skip.py) does not read what they would have met.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from torch import Tensor, nn
 from pumice.errors import PumiceError
 from pumice.forms import Magnitude, Mask, Select, Tokens, drop
 from pumice.runtime.counters import Counter
+from pumice.runtime.skip import Skipping, skipping
 from pumice.runtime.tree import respliced
 from pumice.sites import Site
 
@@ -30,11 +35,48 @@ class TokenSelection:
     runtime: Runtime
     counter: Counter = field(default_factory=Counter)
     seen: dict[str, Tensor] = field(default_factory=dict)  # of the running forward: role -> output, `entry` -> input
+    skip: Skipping | None = None
+    skipped: bool = False  # whether the last sparse tokens ran on the kernel
+    calls: int = 0  # of the kernel
+    units_read: int = 0  # by these calls
 
     @property
     def ran(self) -> str:
         """How it ran last, in a word of the reports."""
-        return "masked, no gathered form"
+        return "skipping" if self.skipped else "masked, no gathered form" if self.skip is None else "masked"
+
+    def can_skip(self, x: Tensor) -> bool:
+        """Whether the kernel takes this input: all of its tokens sparse, few of them."""
+        if self.skip is None or self.runtime.current.tokens(self.form.first) is not None:
+            return False
+        self.skipped = self.skip.can(x)
+        return self.skipped
+
+    def run(self, x: Tensor) -> Tensor:
+        """The kernel's output for x."""
+        y = self.skip.product(x)
+        self.calls += 1
+        self.units_read += self.skip.product.union
+        if self.runtime.counting and self.skip.scores:
+            self.counter.fast += x.numel() // x.shape[-1]
+            self.counter.live += self.skip.product.live / self.form.units
+        return y
+
+    def fractions(self) -> dict[str, float]:
+        """How much of each parameter the kernel read at a call, on average; empty where it did not run."""
+        if not self.skipped:
+            return {}
+        density = self.units_read / (self.calls * self.form.units)
+        late = {self.site.out_role}
+        if self.skip.whole:
+            late |= {role for role in self.site.in_roles if role != self.form.score.role}
+        found: dict[str, float] = {}
+        for role in late:
+            part = self.site.parts[role]
+            axis = 1 if role == self.site.out_role else 0
+            share = self.form.units * part.width / self.site.matrix(role).shape[axis]
+            found[part.view.parameter] = found.get(part.view.parameter, 1.0) - share * (1 - density)
+        return found
 
     def edit(self, a: Tensor) -> Tensor:
         """What enters the consuming matrix, [B·T or B, T, units·width], with the dead units of each token at zero."""
@@ -126,12 +168,25 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
 
     def editing(dense: Callable) -> Callable:
         def forward(a: Tensor, *args, **kwargs) -> Tensor:
+            skips = skip is not None and not skip.whole and selection.can_skip(a)
+            if skips and skip.scores:
+                return selection.run(a)
             edited = selection.edit(a)
             selection.seen.clear()
-            return dense(edited, *args, **kwargs)
+            return selection.run(edited) if skips else dense(edited, *args, **kwargs)
 
         return forward
 
+    def standing_in(dense: Callable) -> Callable:
+        def forward(x: Tensor, *args, **kwargs) -> Tensor:
+            return selection.run(x) if selection.can_skip(x) else dense(x, *args, **kwargs)
+
+        return forward
+
+    runtime = selection.runtime
+    skip = selection.skip = skipping(site, selection.form, get, runtime.kernels == "always") if runtime.fast else None
+    if skip is not None and skip.whole:
+        replaced[skip.at] = respliced(get(skip.at), standing_in(get(skip.at).forward))
     if not isinstance(selection.form.score, Magnitude):
         for name in {site.parts[role].module for role in site.in_roles}:
             replaced[name] = respliced(get(name), noting(name, get(name).forward, name == site.entry))

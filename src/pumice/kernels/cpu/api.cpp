@@ -3,25 +3,15 @@
 // A plain C interface without torch's headers, so that building needs no torch and one library serves every torch and
 // Python. The threads are torch's own: Python hands over the GOMP_parallel of the OpenMP runtime that torch has loaded
 // (LLVM's has it too). A second pool beside it would put two threads on every core.
-#include <cstdlib>
-#include <cstring>
-
-#include "matrix.h"
-
-#ifdef _WIN32
-#define PUBLIC extern "C" __declspec(dllexport)
-#else
-#define PUBLIC extern "C" __attribute__((visibility("default")))
-#endif
+#include "shared.h"
 
 namespace pumice {
-namespace {
-
-constexpr int64_t SMALL = 1 << 15;  // bytes below which waking a second thread costs more than it saves
 
 void (*openmp)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
 int (*thread_number)() = nullptr;
 int (*thread_count)() = nullptr;
+
+namespace {
 
 bool has_avx2() {
 #ifdef PUMICE_AVX2
@@ -30,46 +20,6 @@ bool has_avx2() {
 #else
     return false;
 #endif
-}
-
-// Memory of the calling thread that is kept from call to call, aligned for vectors.
-class Scratch {
-  public:
-    ~Scratch() { std::free(memory_); }
-    float* of(int64_t floats) {
-        if (floats > size_) {
-            std::free(memory_);
-            memory_ = static_cast<float*>(std::malloc(size_t(floats) * sizeof(float) + 64));
-            size_ = memory_ ? floats : 0;
-        }
-        return memory_ ? reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_) + 63) & ~uintptr_t(63)) : nullptr;
-    }
-
-  private:
-    float* memory_ = nullptr;
-    int64_t size_ = 0;
-};
-
-void widen(const void* x, int kind, int64_t n, int64_t in, int64_t width, float* out) {
-    for (int64_t r = 0; r < n; ++r, out += width) {
-        if (kind == F32) {
-            std::memcpy(out, static_cast<const float*>(x) + r * in, size_t(in) * sizeof(float));
-        } else {
-            const uint16_t* row = static_cast<const uint16_t*>(x) + r * in;
-            for (int64_t j = 0; j < in; ++j) {
-                const uint32_t word = uint32_t(row[j]) << 16;
-                std::memcpy(out + j, &word, sizeof word);
-            }
-        }
-        std::memset(out + in, 0, size_t(width - in) * sizeof(float));
-    }
-}
-
-uint16_t to_bf16(float f) {  // to nearest, ties to even; a NaN stays one
-    uint32_t word;
-    std::memcpy(&word, &f, sizeof word);
-    if ((word & 0x7fffffffu) > 0x7f800000u) return uint16_t(word >> 16 | 64);
-    return uint16_t((word + 0x7fffu + (word >> 16 & 1)) >> 16);
 }
 
 int64_t value_bits(const Matrix& m) { return m.kind == F32 ? 32 : m.kind == BF16 ? 16 : m.kind == INT8 ? 8 : 4; }
@@ -120,7 +70,7 @@ void in_thread(void* data) {
 
 using namespace pumice;
 
-PUBLIC int pumice_version() { return 1; }  // raised with every change to this interface; library.py knows it
+PUBLIC int pumice_version() { return 2; }  // raised with every change to this interface; library.py knows it
 
 PUBLIC int pumice_has_avx2() { return has_avx2(); }
 

@@ -180,4 +180,68 @@ void avx2(const Matrix& m, const float* x, int n, float* y, int64_t first, int64
     }
 }
 
+namespace {
+
+template <int K>
+inline const char* at(const Matrix& m, int64_t row) {
+    return static_cast<const char*>(m.values) + row * m.in * (K == F32 ? 4 : 2);
+}
+
+// Four rows at a time, whose next four are fetched meanwhile: one row's slice is too short for the processor to see it.
+template <int K>
+void accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y, int64_t first,
+                int64_t last) {
+    constexpr int64_t size = K == F32 ? 4 : 2, step = 64 / size;
+    constexpr int rows = 4;
+    for (int64_t i = 0; i < count; i += rows) {
+        const int now = count - i < rows ? int(count - i) : rows;
+        const char* from[rows];
+        const char* next[rows];
+        for (int k = 0; k < rows; ++k) {
+            from[k] = at<K>(m, live[i + (k < now ? k : 0)]);
+            next[k] = at<K>(m, live[i + rows + k < count ? i + rows + k : count - 1]);
+        }
+        for (int r = 0; r < n; ++r) {
+            __m256 factor[rows];
+            for (int k = 0; k < rows; ++k)
+                factor[k] = _mm256_set1_ps(k < now ? a[r * m.out + live[i + k]] : 0.0f);
+            float* out = y + r * m.in;
+            int64_t j = first;
+            if (now == rows) {
+                for (; j + step <= last; j += step) {
+                    if (r == 0)
+                        for (int k = 0; k < rows; ++k) _mm_prefetch(next[k] + j * size, _MM_HINT_T0);
+                    for (int64_t e = j; e < j + step; e += 8) {
+                        __m256 sum = _mm256_loadu_ps(out + e);
+                        for (int k = 0; k < rows; ++k) sum = _mm256_fmadd_ps(factor[k], plain<K>(from[k], e), sum);
+                        _mm256_storeu_ps(out + e, sum);
+                    }
+                }
+            }
+            for (; j < last; ++j) {
+                float sum = out[j];
+                for (int k = 0; k < now; ++k) {
+                    float w;
+                    if constexpr (K == F32) {
+                        w = reinterpret_cast<const float*>(from[k])[j];
+                    } else {
+                        const uint32_t word = uint32_t(reinterpret_cast<const uint16_t*>(from[k])[j]) << 16;
+                        __builtin_memcpy(&w, &word, sizeof w);
+                    }
+                    sum += a[r * m.out + live[i + k]] * w;
+                }
+                out[j] = sum;
+            }
+        }
+    }
+}
+
+}  // namespace
+
+void avx2_accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
+                     int64_t first, int64_t last) {
+    if (m.kind == F32) accumulate<F32>(m, live, count, a, n, y, first, last);
+    else accumulate<BF16>(m, live, count, a, n, y, first, last);
+}
+
 }  // namespace pumice

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from ctypes import c_int, c_int32, c_int64, c_void_p
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 
 from pumice.errors import PumiceError
 
-VERSION = 1  # of the interface in api.cpp
+VERSION = 2  # of the interface in api.cpp
 _NAMES = ("libpumice_cpu.so", "libpumice_cpu.dylib", "pumice_cpu.dll")
 
 
@@ -28,6 +28,21 @@ class Matrix(ctypes.Structure):
         ("scales", c_void_p),
         ("bias", c_void_p),
         ("kind", c_int32),
+    )
+
+
+class Units(ctypes.Structure):
+    """`Units` of skip.cpp."""
+
+    _fields_ = (
+        ("first", Matrix),
+        ("second", Matrix),
+        ("down", Matrix),
+        ("weight", c_void_p),
+        ("tau", c_float),
+        ("activation", c_int32),
+        ("scored", c_int32),
+        ("gated_by", c_int32),
     )
 
 
@@ -48,6 +63,7 @@ def library() -> ctypes.CDLL:
     if version != VERSION:
         raise PumiceError(f"the CPU kernels in {file} were built from other sources. Install pumice again.")
     loaded.pumice_product.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int)
+    loaded.pumice_skip.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int, c_void_p)
     loaded.pumice_threads.argtypes = (c_void_p, c_void_p, c_void_p)
     loaded.pumice_threads(*(_openmp() or (None, None, None)))
     return loaded

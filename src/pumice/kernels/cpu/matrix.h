@@ -27,9 +27,17 @@ inline int64_t padded(const Matrix& m) { return groups(m) * GROUP; }  // columns
 // Rows [first, last) of y for n <= MAX_ROWS rows of x, in fp32, each `padded(m)` long. y is [n, out].
 using Product = void (*)(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
 
+// y[r, j] += Σ_i a[r, live_i] · m[live_i, j] for columns [first, last) of the rows of m. a is [n, m.out], y [n, m.in].
+using Accumulate = void (*)(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
+                            int64_t first, int64_t last);
+
 void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
+void portable_accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
+                         int64_t first, int64_t last);
 #ifdef PUMICE_AVX2
 void avx2(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
+void avx2_accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
+                     int64_t first, int64_t last);
 #endif
 
 }  // namespace pumice

@@ -54,4 +54,13 @@ void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, i
     }
 }
 
+void portable_accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
+                         int64_t first, int64_t last) {
+    for (int64_t i = 0; i < count; ++i)
+        for (int r = 0; r < n; ++r) {
+            const float factor = a[r * m.out + live[i]];
+            for (int64_t j = first; j < last; ++j) y[r * m.in + j] += factor * value(m, live[i] * m.in + j);
+        }
+}
+
 }  // namespace pumice

@@ -1,0 +1,185 @@
+// Products that read only what a token needs: columns of a matrix, and the live neurons of an FFN.
+//
+// Of several rows of x the union of their live units is read, and each row keeps its own zeros. A unit is dropped if and
+// only if its score <= tau, so that NaN stays live.
+#include <cmath>
+
+#include "shared.h"
+
+namespace pumice {
+
+enum Activation : int32_t { NONE = 0, SILU, GELU, GELU_TANH, QUICK_GELU, RELU, RELU2, SIGMOID, TANH };
+
+// The order of the fields is known to skip.py.
+struct Units {
+    Matrix first;   // what every unit is known by: gate or up [units, d]; of a bare matrix none: x are the units
+    Matrix second;  // the other of the two; no values: there is none
+    Matrix down;    // [units, out], a row for each unit; its bias is [out]
+    const float* weight;  // of each unit in the score, or null
+    float tau;
+    int32_t activation;   // of the gate, or of the one matrix there is
+    int32_t scored;       // whether the score is of act(z) and not of z
+    int32_t gated_by;     // 1: the first matrix is the gate; 2: the second
+};
+
+namespace {
+
+float act(int32_t kind, float z) {
+    switch (kind) {
+        case SILU: return z / (1.0f + std::exp(-z));
+        case GELU: return 0.5f * z * (1.0f + std::erf(z * 0.70710678118654752f));
+        case GELU_TANH: return 0.5f * z * (1.0f + std::tanh(0.79788456080286536f * (z + 0.044715f * z * z * z)));
+        case QUICK_GELU: return z / (1.0f + std::exp(-1.702f * z));
+        case RELU: return z < 0.0f ? 0.0f : z;  // NaN stays
+        case RELU2: return z < 0.0f ? 0.0f : z * z;
+        case SIGMOID: return 1.0f / (1.0f + std::exp(-z));
+        case TANH: return std::tanh(z);
+        default: return z;
+    }
+}
+
+struct Work {
+    const Units* u;
+    Product product;
+    Accumulate accumulate;
+    const float* x;   // [n, padded(first)] of an FFN
+    float* a;         // [n, units]: in, what units give; of a bare matrix x itself
+    float* other;     // [n, units]
+    int32_t* live;    // [units]: those of thread t begin at the first unit of t
+    int64_t* counts;  // [threads]
+    float* y;         // [n, out]
+    int n;
+    int64_t total;    // live units of all threads
+    int64_t own;      // Σ over rows of the units that are live for the row itself
+
+    bool is_live(float score, int64_t unit) const {
+        if (u->weight) score *= u->weight[unit];
+        return !(score <= u->tau);
+    }
+
+    // Units [first, last): what they give, and which of them are live.
+    void choose(int64_t first, int64_t last, int64_t* count, int64_t* mine) const {
+        constexpr int64_t CHUNK = 64;  // so that the first matrix streams
+        const int64_t units = u->down.out;
+        int64_t found = 0, own_found = 0;
+        for (int64_t start = first; start < last; start += CHUNK) {
+            const int64_t end = start + CHUNK < last ? start + CHUNK : last;
+            if (u->first.values) product(u->first, x, n, a, start, end);
+            for (int64_t unit = start; unit < end; ++unit) {
+                bool any = false;
+                for (int r = 0; r < n; ++r) {
+                    float& z = a[r * units + unit];
+                    if (u->first.bias) z += u->first.bias[unit];
+                    const bool one = is_live(std::fabs(u->scored ? act(u->activation, z) : z), unit);
+                    any |= one;
+                    own_found += one;
+                    if (u->first.values) other[r * units + unit] = one;
+                    else if (!one) z = 0.0f;
+                }
+                if (any) live[first + found++] = int32_t(unit);
+            }
+        }
+        if (u->first.values) finish(first, found);
+        *count = found;
+        *mine = own_found;
+    }
+
+    // The second matrix for the live units, the activation, and zeros where a row does without the unit.
+    void finish(int64_t first, int64_t found) const {
+        const int64_t units = u->down.out;
+        for (int64_t i = first; i < first + found; ++i) {
+            const int64_t unit = live[i];
+            float kept[MAX_ROWS], z[MAX_ROWS];
+            for (int r = 0; r < n; ++r) kept[r] = other[r * units + unit], z[r] = a[r * units + unit];
+            if (u->second.values) product(u->second, x, n, other, unit, unit + 1);
+            for (int r = 0; r < n; ++r) {
+                const float bias = u->second.bias ? u->second.bias[unit] : 0.0f;
+                const float o = u->second.values ? other[r * units + unit] + bias : 1.0f;
+                const float value = u->gated_by == 2 ? z[r] * act(u->activation, o) : act(u->activation, z[r]) * o;
+                a[r * units + unit] = kept[r] != 0.0f ? value : 0.0f;
+            }
+        }
+    }
+};
+
+int64_t even(int64_t n, int64_t part, int64_t parts, int64_t step) {  // where a thread's share of n begins
+    const int64_t at = n / step * part / parts * step;
+    return part >= parts ? n : at;
+}
+
+struct Shared {
+    Work* w;
+    int64_t owns[256];
+};
+
+void choose_in_thread(void* data) {
+    Shared& s = *static_cast<Shared*>(data);
+    const int64_t me = thread_number(), parts = thread_count(), units = s.w->u->down.out;
+    s.w->choose(even(units, me, parts, 1), even(units, me + 1, parts, 1), &s.w->counts[me], &s.owns[me]);
+}
+
+void accumulate_in_thread(void* data) {
+    const Work& w = *static_cast<Work*>(data);
+    const int64_t me = thread_number(), parts = thread_count(), out = w.u->down.in;
+    const int64_t first = even(out, me, parts, 16), last = even(out, me + 1, parts, 16);
+    if (first < last) w.accumulate(w.u->down, w.live, w.total, w.a, w.n, w.y, first, last);
+}
+
+int64_t width(const Matrix& m) { return m.kind == F32 ? 4 : 2; }
+
+void run(Work& w) {
+    const int64_t units = w.u->down.out;
+    Shared s{&w, {}};
+    const int64_t read = w.u->first.values ? units * w.u->first.in * width(w.u->first) : 0;
+    int64_t parts = 1;
+    for (int64_t t = 0; t < 256; ++t) w.counts[t] = -1;
+    if (openmp && read >= SMALL) openmp(choose_in_thread, &s, 0, 0);
+    else w.choose(0, units, &w.counts[0], &s.owns[0]);
+    while (parts < 256 && w.counts[parts] >= 0) ++parts;
+    w.total = w.own = 0;
+    for (int64_t t = 0; t < parts; ++t) {  // the lists of the threads, one behind the other
+        const int64_t from = even(units, t, parts, 1);
+        if (w.total != from) std::memmove(w.live + w.total, w.live + from, size_t(w.counts[t]) * sizeof(int32_t));
+        w.total += w.counts[t];
+        w.own += s.owns[t];
+    }
+    const int64_t out = w.u->down.in;
+    std::memset(w.y, 0, size_t(w.n * out) * sizeof(float));
+    if (openmp && w.total * out * width(w.u->down) >= SMALL) openmp(accumulate_in_thread, &w, 0, 0);
+    else w.accumulate(w.u->down, w.live, w.total, w.a, w.n, w.y, 0, out);
+}
+
+}  // namespace
+}  // namespace pumice
+
+using namespace pumice;
+
+// y [n, out] of x [n, d], both of kind `io` and contiguous, n <= MAX_ROWS. `read`: units whose rows were read (of all
+// rows of x together), and the sum over rows of x of the units that are live for it. 0: done; 1: no memory.
+PUBLIC int pumice_skip(const Units* u, const void* x, void* y, int64_t n, int io, int avx, int64_t* read) {
+    static thread_local Scratch wide, given, others, sums, lists;
+    Product product = portable;
+    Accumulate accumulate = portable_accumulate;
+#ifdef PUMICE_AVX2
+    if (avx) product = avx2, accumulate = avx2_accumulate;
+#endif
+    const int64_t units = u->down.out, out = u->down.in, d = u->first.values ? u->first.in : units;
+    int64_t counts[256];
+    float* a = given.of(n * units);
+    float* other = u->first.values ? others.of(n * units) : a;
+    float* total = io == F32 ? static_cast<float*>(y) : sums.of(n * out);
+    int32_t* live = reinterpret_cast<int32_t*>(lists.of(units));
+    float* columns = u->first.values ? wide.of(n * padded(u->first)) : a;
+    if (!a || !other || !total || !live || !columns) return 1;
+    widen(x, io, n, d, u->first.values ? padded(u->first) : units, columns);
+    Work w{u, product, accumulate, columns, a, other, live, counts, total, int(n), 0, 0};
+    run(w);
+    for (int64_t r = 0; r < n; ++r)
+        for (int64_t j = 0; j < out; ++j) {
+            float& sum = total[r * out + j];
+            if (u->down.bias) sum += u->down.bias[j];
+            if (io != F32) static_cast<uint16_t*>(y)[r * out + j] = to_bf16(sum);
+        }
+    read[0] = w.total, read[1] = w.own;
+    return 0;
+}

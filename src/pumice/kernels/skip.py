@@ -1,0 +1,134 @@
+"""Skip: products that read only what a token needs, for few rows of fp32 or bf16 on the CPU.
+
+SkipColumns   y = W (x ⊙ live) + b           live: score(x) > τ; the other columns of W are not read
+SkipNeurons   y = down (a ⊙ live) + b        a = act(gate x) ⊙ up x; live by the first of the two; of the dead
+                                             neurons the rows of the second and the columns of down are not read
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pumice.errors import PumiceError
+from pumice.kernels.cpu.library import Matrix, Units, library
+from pumice.kernels.ops import KINDS, MAX_ROWS
+
+ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh")
+_STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+Isa = Literal["avx2", "portable"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Rows:
+    """A matrix [rows, columns] and its bias in fp32, as the kernels read it."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+class _Skip:
+    """What both products share: the tensors that a C struct points into, and the call."""
+
+    def __init__(self, units: Units, tensors: list[Tensor | None], out: int, dtype: torch.dtype, isa: Isa | None):
+        self._tensors, self._units, self.out, self.dtype = tensors, units, out, dtype
+        loaded = library()
+        self._avx = int(loaded.pumice_has_avx2() if isa is None else isa == "avx2")
+        self._call, self._read = loaded.pumice_skip, (ctypes.c_int64 * 2)()
+        self._address, self._counts = ctypes.addressof(units), ctypes.addressof(self._read)
+        self._io = KINDS[_STORED[dtype]]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out], at most 8 rows; `union` and `live` then say what was read."""
+        x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self.out))
+        rows = x.numel() // x.shape[-1]
+        if self._call(self._address, x.data_ptr(), y.data_ptr(), rows, self._io, self._avx, self._counts):
+            raise PumiceError("the CPU kernels found no memory for their input. Free some.")
+        return y
+
+    @property
+    def union(self) -> int:
+        """Units that were read at the last call, for all its rows together."""
+        return self._read[0]
+
+    @property
+    def live(self) -> int:
+        """Σ over the rows of the last call of the units that each of them chose."""
+        return self._read[1]
+
+
+class SkipColumns(_Skip):
+    """A matrix whose columns are read where w_i·|x_i| > τ. `columns`: its transpose [in, out], contiguous."""
+
+    def __init__(self, columns: Tensor, bias: Tensor | None, tau: float, weight: Tensor | None = None,
+                 isa: Isa | None = None) -> None:  # fmt: skip
+        down, weight = _down(columns, bias), None if weight is None else weight.float().contiguous()
+        units = Units(down=_matrix(down), weight=_pointer(weight), tau=_below(tau))
+        super().__init__(units, [down.weight, down.bias, weight], columns.shape[1], columns.dtype, isa)
+
+
+class SkipNeurons(_Skip):
+    """An FFN whose neurons are known by one of their matrices.
+
+    `first` [units, d] tells: by w·|act(z)| with `scored`, else by w·|z|. `second` is the other matrix of a gated FFN;
+    `first_is_gate` says to which of the two `activation` belongs. `columns` is down's transpose [units, out].
+    """
+
+    def __init__(self, first: Rows, second: Rows | None, columns: Tensor, bias: Tensor | None, *, activation: str,
+                 tau: float, weight: Tensor | None = None, scored: bool = True, first_is_gate: bool = True,
+                 isa: Isa | None = None) -> None:  # fmt: skip
+        parts = [_rows(first), _rows(second), _down(columns, bias)]
+        weight = None if weight is None else weight.float().contiguous()
+        units = Units(
+            first=_matrix(parts[0]),
+            second=_matrix(parts[1]),
+            down=_matrix(parts[2]),
+            weight=_pointer(weight),
+            tau=_below(tau),
+            activation=ACTIVATIONS.index(activation),
+            scored=int(scored),
+            gated_by=1 if first_is_gate else 2,
+        )
+        tensors = [tensor for part in parts if part for tensor in (part.weight, part.bias)]
+        super().__init__(units, [*tensors, weight], columns.shape[1], columns.dtype, isa)
+
+
+def _below(tau: float) -> float:
+    """The largest fp32 number that is no larger: what is compared in fp32 then has the same outcome."""
+    single = torch.tensor(tau, dtype=torch.float32)
+    return torch.nextafter(single, single.new_tensor(-torch.inf)).item() if single.item() > tau else single.item()
+
+
+def _rows(part: Rows | None) -> Rows | None:
+    if part is None:
+        return None
+    weight, bias = part.weight.detach(), part.bias
+    if weight.shape[1] % 8:  # the last load of eight may begin at the last column of the last row
+        spare = torch.cat([weight.flatten(), weight.new_zeros(8)])
+        weight = spare[: weight.numel()].view(weight.shape)
+    return Rows(weight=weight.contiguous(), bias=None if bias is None else bias.detach().float().contiguous())
+
+
+def _down(columns: Tensor, bias: Tensor | None) -> Rows:
+    return Rows(weight=columns.detach().contiguous(), bias=None if bias is None else bias.detach().float().contiguous())
+
+
+def _matrix(part: Rows | None) -> Matrix:
+    if part is None:
+        return Matrix()
+    if part.weight.device.type != "cpu" or part.weight.dtype not in _STORED:
+        raise PumiceError("the CPU kernels that skip read fp32 and bf16 in the CPU's memory.")
+    kind = KINDS[_STORED[part.weight.dtype]]
+    return Matrix(*part.weight.shape, None, _pointer(part.weight), None, None, _pointer(part.bias), kind)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+__all__ = ["MAX_ROWS", "Rows", "SkipColumns", "SkipNeurons"]

@@ -1,0 +1,126 @@
+"""The kernel of a Select of scope `token`: what a token does not need is not read, for few rows and where that pays.
+
+The transposes that the kernels read replace the parameters that they are made of, so that nothing is held twice: a
+matrix lies in memory as [in, out] then, and dense work reads it as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from pumice.errors import PumiceError
+from pumice.forms import Magnitude, Projected, Select, Threshold
+from pumice.kernels.cpu.library import library
+from pumice.kernels.select import columns_pay, neurons_pay
+from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
+from pumice.runtime.guard import SMALLEST, Unchanged, plain
+from pumice.sites import Site, owner
+
+
+@dataclass(frozen=True, eq=False)
+class Skipping:
+    """A product that stands in for one module. `at`: the module's name; `whole`: it is the FFN, from x to y."""
+
+    at: str
+    whole: bool
+    product: SkipColumns | SkipNeurons
+    unchanged: Unchanged
+    pays: Callable[[int], bool]  # whether it was timed faster for so many rows
+    scores: bool  # it applies the threshold itself; otherwise it is given activations with their zeros
+
+    def can(self, x: Tensor) -> bool:
+        rows = x.numel() // x.shape[-1]
+        return plain(x, self.product.dtype, rows) and self.unchanged() and self.pays(rows)
+
+
+def skipping(site: Site, form: Select, get: Callable[[str], nn.Module], always: bool) -> Skipping | None:
+    """The product for a site, or None where there is none."""
+    modules = {part.module: get(part.module) for part in site.parts.values()}
+    out = site.matrix(site.out_role)
+    if not isinstance(form.cut, Threshold) or site.expert is not None or site.kind not in ("linear", "ffn"):
+        return None
+    if (
+        out.dtype not in (torch.float32, torch.bfloat16)
+        or out.device.type != "cpu"
+        or any("forward" in vars(module) for module in modules.values())
+    ):  # another part of the plan runs it
+        return None
+    if not always and out.numel() < SMALLEST:
+        return None
+    try:
+        library()
+    except PumiceError:
+        return None
+    if isinstance(form.score, Projected) and site.whole:
+        return _neurons(site, form, modules, always)
+    return _columns(site, form, modules, always)
+
+
+def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bool) -> Skipping:
+    part = site.parts[site.out_role]
+    columns, scores = _laid_out(site, modules[part.module]), isinstance(form.score, Magnitude)
+    tau, weight = (form.cut.tau, form.score.weight) if scores else (0.0, None)
+    product = SkipColumns(columns, getattr(modules[part.module], "bias", None), tau, weight)
+    units, out = columns.shape
+    pays = cache(lambda rows: columns_pay(out, units, _percent(form), _bucket(rows), columns.dtype))
+    return Skipping(part.module, False, product, Unchanged([modules[part.module]]), _yes if always else pays, scores)
+
+
+def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], always: bool) -> Skipping:
+    score, units = form.score, torch.arange(site.units)
+    columns = _laid_out(site, modules[site.parts["down"].module])
+
+    def rows(role: str) -> Rows:
+        part, bias = site.parts[role], site.bias(role)
+        matrix = site.matrix(role).detach()
+        whole = part.start == 0 and part.stride == 1 and matrix.shape[0] == site.units
+        one_run = part.stride == part.width
+        picked = (
+            matrix if whole else matrix[part.start : part.start + site.units] if one_run else matrix[part.index(units)]
+        )
+        return Rows(weight=picked, bias=None if bias is None else bias[part.index(units)])
+
+    other = next((role for role in site.in_roles if role != score.role), None)
+    product = SkipNeurons(
+        rows(score.role),
+        None if other is None else rows(other),
+        columns,
+        getattr(modules[site.parts["down"].module], "bias", None),
+        activation=site.activation,
+        tau=form.cut.tau,
+        weight=score.weight,
+        scored=bool(score.activation),
+        first_is_gate=score.role == "gate" or other is None,
+    )
+    d, out, matrices = site.matrix(score.role).shape[1], columns.shape[1], len(site.parts)
+    pays = cache(lambda n: neurons_pay(d, site.units, out, matrices, _percent(form), _bucket(n), columns.dtype))
+    return Skipping(site.whole, True, product, Unchanged(modules.values()), _yes if always else pays, True)
+
+
+def _laid_out(site: Site, module: nn.Module) -> Tensor:
+    """The consuming matrix as [in, out], contiguous; the module's own parameter becomes a view of it."""
+    view = site.parts[site.out_role].view
+    leaf = owner(view.parameter)[1]
+    parameter = module._parameters[leaf]
+    columns = view.of(parameter.detach()).T
+    if not columns.is_contiguous():
+        columns = columns.contiguous()
+        module._parameters[leaf] = nn.Parameter(columns.T, requires_grad=parameter.requires_grad)
+    return columns
+
+
+def _percent(form: Select) -> int:
+    return round(20 * (1 - form.sparsity)) * 5
+
+
+def _bucket(rows: int) -> int:
+    return 1 << (rows - 1).bit_length()
+
+
+def _yes(rows: int) -> bool:
+    return True
