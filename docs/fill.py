@@ -19,7 +19,7 @@ from pumice.report.methods import markdown, settings
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench" / "results"
 BLOCK = re.compile(r"(<!-- (methods|settings|figures) ?(\w*) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
-TOKEN = ("cats", "contribution", "countdown", "teal", "wina")
+TOKEN = ("cats", "contribution", "countdown", "lowbit", "teal", "wina")
 SCRIPTS = {
     "griffin": "`bench/griffin_speed.py` and `bench/prompt_level.py`",
     "static_topk": "`bench/prompt_level.py`",

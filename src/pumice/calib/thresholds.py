@@ -10,6 +10,7 @@ from pumice.calib.stats import Entries, Inputs, SiteStats
 from pumice.calib.units import weights_of_unit
 from pumice.errors import PumiceError
 from pumice.forms import Select, Threshold, Tokens
+from pumice.kernels.near import Near
 from pumice.sites import Site
 
 
@@ -33,4 +34,5 @@ def tokens_of(site: Site, stats: SiteStats) -> Tokens:
         return F.linear(stats[Entries], site.weight_of(role)[rows], None if bias is None else bias[rows])
 
     parts = {role: (lambda role=role: part(role)) for role in site.in_roles}
-    return Tokens(a=lambda: stats[Inputs], x=lambda: stats[Entries], parts=parts)
+    near = lambda role: Near.of(site, role).reference(stats[Entries])  # noqa: E731
+    return Tokens(a=lambda: stats[Inputs], x=lambda: stats[Entries], parts=parts, near=near)

@@ -121,8 +121,7 @@ def _gathered(model: nn.Module) -> dict[str, int]:
         if gathered.bias is not None:
             sizes[f"{module}.bias"] = Store(gathered.bias).bytes
     for selection in runtime.selections.values() if runtime is not None else ():
-        for name, fraction in selection.fractions().items():
-            sizes[name] = round(Store(model.get_parameter(name)).bytes * fraction)
+        sizes |= selection.reads()
     return sizes
 
 

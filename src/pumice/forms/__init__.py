@@ -10,13 +10,14 @@ Methods return Forms and never see kernels; kernels and the runtime never see me
 from pumice.forms.cuts import Sample, Threshold, TopK
 from pumice.forms.data import collector, decode, encode
 from pumice.forms.mask import Mask
-from pumice.forms.scores import Magnitude, Projected, PromptNorm, RankFusion, Static, Tokens, Uniform
+from pumice.forms.scores import Copied, Magnitude, Projected, PromptNorm, RankFusion, Static, Tokens, Uniform
 from pumice.forms.select import Select, drop
 from pumice.forms.slim import Slim
 
 Form = Mask | Slim | Select
 
 __all__ = [
+    "Copied",
     "Form",
     "Magnitude",
     "Mask",

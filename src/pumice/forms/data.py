@@ -7,11 +7,11 @@ from torch import Tensor
 from pumice.errors import PumiceError
 from pumice.forms.cuts import Sample, Threshold, TopK
 from pumice.forms.mask import Mask
-from pumice.forms.scores import Magnitude, Projected, PromptNorm, RankFusion, Static, Uniform
+from pumice.forms.scores import Copied, Magnitude, Projected, PromptNorm, RankFusion, Static, Uniform
 from pumice.forms.select import Select
 from pumice.forms.slim import Slim
 
-SCORES = (PromptNorm, Static, RankFusion, Uniform, Magnitude, Projected)
+SCORES = (PromptNorm, Static, RankFusion, Uniform, Magnitude, Projected, Copied)
 TYPES = {t.__name__: t for t in (Mask, Slim, Select, *SCORES, TopK, Sample, Threshold)}
 
 

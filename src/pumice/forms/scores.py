@@ -79,6 +79,7 @@ class Tokens:
     a: Callable[[], Tensor] | None = None  # what the units give, [..., units·width]
     x: Callable[[], Tensor] | None = None  # what they are made from, [..., d]
     parts: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # gate, up: what a matrix gives, [..., units]
+    near: Callable[[str], Tensor] | None = None  # the same by a 4-bit copy of the matrix (kernels.near), by role
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -114,3 +115,21 @@ class Projected:
         z = tokens.parts[self.role]().float()
         size = (ACTIVATIONS[self.activation](z) if self.activation else z).abs()
         return size if self.weight is None else size * self.weight.to(size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Copied:
+    """s_j = w_j·|act(ĝ_j)·û_j|, ĝ and û by 4-bit copies of gate and up: known before their own weights are read.
+
+    The copies are made of the model's weights where they run; a plan holds none.
+    """
+
+    activation: str
+    gated: bool = True
+    weight: Tensor | None = None  # [units]
+    known = "before"
+
+    def of_tokens(self, tokens: Tokens) -> Tensor:
+        act = ACTIVATIONS[self.activation]
+        a = act(tokens.near("gate")) * tokens.near("up") if self.gated else act(tokens.near("up"))
+        return a.abs() if self.weight is None else a.abs() * self.weight.to(a)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pumice.budget import removed
 from pumice.errors import PumiceError
 from pumice.forms.cuts import Sample, Threshold, TopK
-from pumice.forms.scores import Magnitude, Projected, PromptNorm, RankFusion, Static, Tokens, Uniform
+from pumice.forms.scores import Copied, Magnitude, Projected, PromptNorm, RankFusion, Static, Tokens, Uniform
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +27,7 @@ class Select:
     length. `first`, of scope `token`: so many tokens at the start of a sequence stay dense (attention sinks).
     """
 
-    score: PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected
+    score: PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected | Copied
     cut: TopK | Sample | Threshold
     units: int
     scope: Literal["prompt", "token"] = "prompt"

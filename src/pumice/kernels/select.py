@@ -55,12 +55,17 @@ def columns_pay(out: int, units: int, percent: int, rows: int, dtype: torch.dtyp
 
 
 @cache
-def neurons_pay(d: int, units: int, out: int, matrices: int, percent: int, rows: int, dtype: torch.dtype) -> bool:
-    """Whether an FFN that is known by its first matrix, and then reads about `percent` % of the rest, is faster."""
+def neurons_pay(
+    d: int, units: int, out: int, matrices: int, copied: bool, percent: int, rows: int, dtype: torch.dtype
+) -> bool:
+    """Whether an FFN that reads about `percent` % of its neurons is faster than the dense one.
+
+    Which ones is told by its first matrix, read whole, or by 4-bit copies (`copied`).
+    """
     if percent >= 100:
         return False
-    key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{d}x{units}x{out}:{percent}%x{matrices}/rows{rows}"
-    return measured(key, lambda: _time_neurons(d, units, out, matrices, percent, rows, dtype))["speedup"] > 1.0
+    key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{d}x{units}x{out}:{percent}%x{matrices}{'c' * copied}/rows{rows}"
+    return measured(key, lambda: _time_neurons(d, units, out, matrices, copied, percent, rows, dtype))["speedup"] > 1.0
 
 
 def measured(key: str, measure: Callable[[], dict]) -> dict:
@@ -126,19 +131,21 @@ def _time_columns(out, units, percent, rows, dtype) -> dict:
     return _compared(dense, [SkipColumns(matrix, None, 0.0) for matrix in columns], x, "skip_us")
 
 
-def _time_neurons(d, units, out, matrices, percent, rows, dtype) -> dict:
+def _time_neurons(d, units, out, matrices, copied, percent, rows, dtype) -> dict:
     copies = max(2, min(64, SPREAD // (d * units * matrices * dtype.itemsize)))
     x = torch.randn(rows, d).to(dtype)
     dense, sparse = [], []
     for _ in range(copies):
         first, second = (torch.randn(units, d).to(dtype) for _ in range(2))
         columns = torch.randn(units, out).to(dtype)
-        gated = matrices > 2
-        score = F.linear(x, first).float().abs().flatten()
+        told = [first, second][: matrices - 1]
+        near = [Store.rounded(matrix, "int4") for matrix in told] if copied else []
+        score = F.linear(x, first).float()
+        score = (score * F.linear(x, second).float() if copied and matrices > 2 else score).abs().flatten()
         tau = score.kthvalue(max(1, round(score.numel() * (1 - percent / 100)))).values.item()
-        sparse.append(SkipNeurons(Rows(weight=first), Rows(weight=second) if gated else None, columns, None,
-                                  activation="relu", tau=tau, scored=False))  # fmt: skip
-        dense.append(partial(_plain_ffn, first=first, second=second if gated else None, down=columns.T))
+        sparse.append(SkipNeurons(Rows(weight=first), Rows(weight=second) if matrices > 2 else None, columns, None,
+                                  activation="", tau=tau, scored=False, near=near))  # fmt: skip
+        dense.append(partial(_plain_ffn, first=first, second=second if matrices > 2 else None, down=columns.T))
     return _compared(dense, sparse, x, "skip_us")
 
 

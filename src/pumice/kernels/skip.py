@@ -8,6 +8,7 @@ SkipNeurons   y = down (a ⊙ live) + b        a = act(gate x) ⊙ up x; live by
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from pumice.errors import PumiceError
 from pumice.kernels.cpu.library import Matrix, Units, library
 from pumice.kernels.ops import KINDS, MAX_ROWS
+from pumice.store import GROUP, Store
 
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh")
 _STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -77,17 +79,20 @@ class SkipNeurons(_Skip):
 
     `first` [units, d] tells: by w·|act(z)| with `scored`, else by w·|z|. `second` is the other matrix of a gated FFN;
     `first_is_gate` says to which of the two `activation` belongs. `columns` is down's transpose [units, out].
+    With `near`, 4-bit copies of `first` (the gate then, or the one matrix there is) and of `second`, it is those that
+    tell: by w·|act(ẑ)·û|.
     """
 
     def __init__(self, first: Rows, second: Rows | None, columns: Tensor, bias: Tensor | None, *, activation: str,
                  tau: float, weight: Tensor | None = None, scored: bool = True, first_is_gate: bool = True,
-                 isa: Isa | None = None) -> None:  # fmt: skip
+                 near: Sequence[Store] = (), isa: Isa | None = None) -> None:  # fmt: skip
         parts = [_rows(first), _rows(second), _down(columns, bias)]
         weight = None if weight is None else weight.float().contiguous()
         units = Units(
             first=_matrix(parts[0]),
             second=_matrix(parts[1]),
             down=_matrix(parts[2]),
+            **{f"near_{at}": _codes(store) for at, store in zip(("first", "second"), near, strict=False)},
             weight=_pointer(weight),
             tau=_below(tau),
             activation=ACTIVATIONS.index(activation),
@@ -95,6 +100,7 @@ class SkipNeurons(_Skip):
             gated_by=1 if first_is_gate else 2,
         )
         tensors = [tensor for part in parts if part for tensor in (part.weight, part.bias)]
+        tensors += [tensor for store in near for tensor in (store.tensor, store.scales)]
         super().__init__(units, [*tensors, weight], columns.shape[1], columns.dtype, isa)
 
 
@@ -125,6 +131,13 @@ def _matrix(part: Rows | None) -> Matrix:
         raise PumiceError("the CPU kernels that skip read fp32 and bf16 in the CPU's memory.")
     kind = KINDS[_STORED[part.weight.dtype]]
     return Matrix(*part.weight.shape, None, _pointer(part.weight), None, None, _pointer(part.bias), kind)
+
+
+def _codes(store: Store) -> Matrix:
+    if store.kind != "int4" or store.group != GROUP:
+        raise PumiceError(f"a copy that chooses neurons is int4 in groups of {GROUP}, not {store.kind}.")
+    shape = (store.tensor.shape[0], store.columns)
+    return Matrix(*shape, None, _pointer(store.tensor), None, _pointer(store.scales), None, KINDS["int4"])
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -43,8 +43,8 @@ class Selection:
         """How it ran last, in a word of the reports."""
         return "gathered" if self.gathered else "masked" if self.timed else "masked, no gathered form"
 
-    def fractions(self) -> dict[str, float]:
-        """How much of a parameter is read where no other matrix stands in for it: all of it."""
+    def reads(self) -> dict[str, int]:
+        """Bytes of the parameters of which parts are read: what is gathered is a matrix of its own instead."""
         return {}
 
     @cached_property

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Magnitude, Projected, Select, Threshold
+from pumice.forms import Copied, Magnitude, Projected, Select, Threshold
 from pumice.kernels.cpu.library import library
+from pumice.kernels.near import Near
 from pumice.kernels.select import columns_pay, neurons_pay
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
 from pumice.runtime.guard import SMALLEST, Unchanged, plain
@@ -38,8 +39,10 @@ class Skipping:
         return plain(x, self.product.dtype, rows) and self.unchanged() and self.pays(rows)
 
 
-def skipping(site: Site, form: Select, get: Callable[[str], nn.Module], always: bool) -> Skipping | None:
-    """The product for a site, or None where there is none."""
+def skipping(
+    site: Site, form: Select, get: Callable[[str], nn.Module], copy: Callable[[str], Near], always: bool
+) -> Skipping | None:
+    """The product for a site, or None where there is none. `copy(role)`: the low-bit copy of one of its matrices."""
     modules = {part.module: get(part.module) for part in site.parts.values()}
     out = site.matrix(site.out_role)
     if not isinstance(form.cut, Threshold) or site.expert is not None or site.kind not in ("linear", "ffn"):
@@ -56,8 +59,8 @@ def skipping(site: Site, form: Select, get: Callable[[str], nn.Module], always: 
         library()
     except PumiceError:
         return None
-    if isinstance(form.score, Projected) and site.whole:
-        return _neurons(site, form, modules, always)
+    if isinstance(form.score, (Projected, Copied)) and site.whole:
+        return _neurons(site, form, modules, copy, always)
     return _columns(site, form, modules, always)
 
 
@@ -71,8 +74,9 @@ def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bo
     return Skipping(part.module, False, product, Unchanged([modules[part.module]]), _yes if always else pays, scores)
 
 
-def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], always: bool) -> Skipping:
-    score, units = form.score, torch.arange(site.units)
+def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, always: bool) -> Skipping:
+    score, units, copied = form.score, torch.arange(site.units), isinstance(form.score, Copied)
+    tells = site.in_roles[0] if copied else score.role
     columns = _laid_out(site, modules[site.parts["down"].module])
 
     def rows(role: str) -> Rows:
@@ -85,9 +89,9 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], always: bo
         )
         return Rows(weight=picked, bias=None if bias is None else bias[part.index(units)])
 
-    other = next((role for role in site.in_roles if role != score.role), None)
+    other = next((role for role in site.in_roles if role != tells), None)
     product = SkipNeurons(
-        rows(score.role),
+        rows(tells),
         None if other is None else rows(other),
         columns,
         getattr(modules[site.parts["down"].module], "bias", None),
@@ -95,10 +99,12 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], always: bo
         tau=form.cut.tau,
         weight=score.weight,
         scored=bool(score.activation),
-        first_is_gate=score.role == "gate" or other is None,
+        first_is_gate=tells == "gate" or other is None,
+        near=[copy(role).store for role in site.in_roles] if copied else (),
     )
-    d, out, matrices = site.matrix(score.role).shape[1], columns.shape[1], len(site.parts)
-    pays = cache(lambda n: neurons_pay(d, site.units, out, matrices, _percent(form), _bucket(n), columns.dtype))
+    shape = (site.matrix(tells).shape[1], site.units, columns.shape[1])
+    known = (len(site.parts), copied, _percent(form))
+    pays = cache(lambda n: neurons_pay(*shape, *known, _bucket(n), columns.dtype))
     return Skipping(site.whole, True, product, Unchanged(modules.values()), _yes if always else pays, True)
 
 

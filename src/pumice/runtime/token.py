@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Magnitude, Mask, Select, Tokens, drop
+from pumice.forms import Copied, Magnitude, Mask, Select, Tokens, drop
+from pumice.kernels.near import Near
 from pumice.runtime.counters import Counter
 from pumice.runtime.skip import Skipping, skipping
 from pumice.runtime.tree import respliced
 from pumice.sites import Site
+from pumice.store import Store
 
 if TYPE_CHECKING:
     from pumice.plan import Plan
@@ -35,6 +37,7 @@ class TokenSelection:
     runtime: Runtime
     counter: Counter = field(default_factory=Counter)
     seen: dict[str, Tensor] = field(default_factory=dict)  # of the running forward: role -> output, `entry` -> input
+    copies: dict[str, Near] = field(default_factory=dict)  # of the site's matrices, by role
     skip: Skipping | None = None
     skipped: bool = False  # whether the last sparse tokens ran on the kernel
     calls: int = 0  # of the kernel
@@ -62,21 +65,23 @@ class TokenSelection:
             self.counter.live += self.skip.product.live / self.form.units
         return y
 
-    def fractions(self) -> dict[str, float]:
-        """How much of each parameter the kernel read at a call, on average; empty where it did not run."""
+    def reads(self) -> dict[str, int]:
+        """Bytes of each parameter, copies included, that a call of the kernel read on average; empty without one."""
         if not self.skipped:
             return {}
         density = self.units_read / (self.calls * self.form.units)
         late = {self.site.out_role}
         if self.skip.whole:
-            late |= {role for role in self.site.in_roles if role != self.form.score.role}
+            late |= {role for role in self.site.in_roles if role != getattr(self.form.score, "role", "")}
         found: dict[str, float] = {}
         for role in late:
-            part = self.site.parts[role]
+            part, matrix = self.site.parts[role], self.site.matrix(role)
             axis = 1 if role == self.site.out_role else 0
-            share = self.form.units * part.width / self.site.matrix(role).shape[axis]
-            found[part.view.parameter] = found.get(part.view.parameter, 1.0) - share * (1 - density)
-        return found
+            whole = found.get(part.view.parameter, Store(matrix).bytes)
+            mine = Store(matrix).bytes * self.form.units * part.width / matrix.shape[axis]
+            copied = self.copies[role].store.bytes if role in self.copies else 0
+            found[part.view.parameter] = whole - mine * (1 - density) + copied
+        return {name: round(size) for name, size in found.items()}
 
     def edit(self, a: Tensor) -> Tensor:
         """What enters the consuming matrix, [B·T or B, T, units·width], with the dead units of each token at zero."""
@@ -106,7 +111,14 @@ class TokenSelection:
             a=lambda: a,
             x=lambda: self.seen["entry"].reshape(*shape, -1),
             parts={role: partial(self.part, role, shape) for role in self.site.in_roles},
+            near=lambda role: self.copy(role).reference(self.seen["entry"].reshape(*shape, -1)),
         )
+
+    def copy(self, role: str) -> Near:
+        """The low-bit copy of one of the site's matrices, made once."""
+        if role not in self.copies:
+            self.copies[role] = Near.of(self.site, role)
+        return self.copies[role]
 
     def part(self, role: str, shape: tuple[int, int]) -> Tensor:
         """What a matrix gave for the units, [B, T, units·width]."""
@@ -129,6 +141,8 @@ def check_token(site: Site, form: Select) -> None:
     """Refuse what a site cannot know of its tokens."""
     if site.kind == "experts":
         raise PumiceError(f"{site.name}: the router chooses experts for every token already.")
+    if isinstance(form.score, Copied) and (site.kind != "ffn" or site.expert is not None):
+        raise PumiceError(f"{site.name} has no matrices of its own to copy: Copied is a score of an FFN's neurons.")
     if site.kind == "linear" and not isinstance(form.score, Magnitude):
         raise PumiceError(f"{site.name} is a single matrix: its columns go by Magnitude.")
     role = getattr(form.score, "role", None)
@@ -184,7 +198,9 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
         return forward
 
     runtime = selection.runtime
-    skip = selection.skip = skipping(site, selection.form, get, runtime.kernels == "always") if runtime.fast else None
+    if runtime.fast:
+        selection.skip = skipping(site, selection.form, get, selection.copy, runtime.kernels == "always")
+    skip = selection.skip
     if skip is not None and skip.whole:
         replaced[skip.at] = respliced(get(skip.at), standing_in(get(skip.at).forward))
     if not isinstance(selection.form.score, Magnitude):

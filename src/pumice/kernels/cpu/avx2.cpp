@@ -244,4 +244,36 @@ void avx2_accumulate(const Matrix& m, const int32_t* live, int64_t count, const 
     else accumulate<BF16>(m, live, count, a, n, y, first, last);
 }
 
+void avx2_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last) {
+    const int64_t stride = (m.in + 1) / 2, all = groups(m), full = m.in / GROUP;
+    const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
+    for (int64_t row = first; row < last; ++row) {
+        const uint8_t* codes = static_cast<const uint8_t*>(m.values) + row * stride;
+        const uint16_t* scales = m.scales + row * all;
+        __m256 sum[MAX_ROWS];
+        for (int r = 0; r < n; ++r) sum[r] = _mm256_setzero_ps();
+        for (int64_t g = 0; g < all; ++g) {
+            __m128i pairs;
+            if (g < full) {
+                pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + g * GROUP / 2));
+            } else {  // what lies behind the last column meets zeros of x
+                alignas(16) uint8_t rest[16] = {};
+                __builtin_memcpy(rest, codes + g * GROUP / 2, size_t(stride - g * GROUP / 2));
+                pairs = _mm_load_si128(reinterpret_cast<const __m128i*>(rest));
+            }
+            const __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs), low);
+            const __m256i w = _mm256_sub_epi8(_mm256_xor_si256(nibbles, eight), eight);
+            const __m256i size = _mm256_abs_epi8(w);
+            const float scale = _cvtsh_ss(scales[g]);
+            for (int r = 0; r < n; ++r) {
+                const __m256i column =
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.codes + r * padded(m) + g * GROUP));
+                const __m256i dot = _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(column, w)), ones);
+                sum[r] = _mm256_fmadd_ps(_mm256_set1_ps(scale * x.scales[r * all + g]), _mm256_cvtepi32_ps(dot), sum[r]);
+            }
+        }
+        for (int r = 0; r < n; ++r) y[r * m.out + row] = total(sum[r]);
+    }
+}
+
 }  // namespace pumice

@@ -12,7 +12,7 @@ import torch
 
 from pumice.errors import PumiceError
 
-VERSION = 2  # of the interface in api.cpp
+VERSION = 3  # of the interface in api.cpp
 _NAMES = ("libpumice_cpu.so", "libpumice_cpu.dylib", "pumice_cpu.dll")
 
 
@@ -38,6 +38,8 @@ class Units(ctypes.Structure):
         ("first", Matrix),
         ("second", Matrix),
         ("down", Matrix),
+        ("near_first", Matrix),
+        ("near_second", Matrix),
         ("weight", c_void_p),
         ("tau", c_float),
         ("activation", c_int32),

@@ -31,10 +31,20 @@ using Product = void (*)(const Matrix& m, const float* x, int n, float* y, int64
 using Accumulate = void (*)(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
                             int64_t first, int64_t last);
 
+// x in int8, a scale for each group of 32 columns; within a group the even columns come first, then the odd ones, as the
+// low and the high nibbles of 4-bit codes do. y = W x̂ for rows [first, last) of a matrix of 4-bit codes.
+struct Rounded {
+    const int8_t* codes;  // [n, padded(m)]
+    const float* scales;  // [n, groups(m)]
+};
+using Near = void (*)(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last);
+
+void portable_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last);
 void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
 void portable_accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
                          int64_t first, int64_t last);
 #ifdef PUMICE_AVX2
+void avx2_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last);
 void avx2(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
 void avx2_accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
                      int64_t first, int64_t last);

@@ -15,6 +15,7 @@ struct Units {
     Matrix first;   // what every unit is known by: gate or up [units, d]; of a bare matrix none: x are the units
     Matrix second;  // the other of the two; no values: there is none
     Matrix down;    // [units, out], a row for each unit; its bias is [out]
+    Matrix near_first, near_second;  // 4-bit copies that choose before the matrices themselves are read, or none
     const float* weight;  // of each unit in the score, or null
     float tau;
     int32_t activation;   // of the gate, or of the one matrix there is
@@ -42,7 +43,9 @@ struct Work {
     const Units* u;
     Product product;
     Accumulate accumulate;
+    Near near;
     const float* x;   // [n, padded(first)] of an FFN
+    Rounded rounded;  // the same for the copies
     float* a;         // [n, units]: in, what units give; of a bare matrix x itself
     float* other;     // [n, units]
     int32_t* live;    // [units]: those of thread t begin at the first unit of t
@@ -59,21 +62,29 @@ struct Work {
 
     // Units [first, last): what they give, and which of them are live.
     void choose(int64_t first, int64_t last, int64_t* count, int64_t* mine) const {
-        constexpr int64_t CHUNK = 64;  // so that the first matrix streams
+        constexpr int64_t CHUNK = 64;  // so that a matrix streams
         const int64_t units = u->down.out;
         int64_t found = 0, own_found = 0;
         for (int64_t start = first; start < last; start += CHUNK) {
             const int64_t end = start + CHUNK < last ? start + CHUNK : last;
-            if (u->first.values) product(u->first, x, n, a, start, end);
+            if (u->near_first.values) {
+                near(u->near_first, rounded, n, a, start, end);
+                if (u->near_second.values) near(u->near_second, rounded, n, other, start, end);
+            } else if (u->first.values) {
+                product(u->first, x, n, a, start, end);
+            }
             for (int64_t unit = start; unit < end; ++unit) {
                 bool any = false;
                 for (int r = 0; r < n; ++r) {
                     float& z = a[r * units + unit];
+                    float& o = other[r * units + unit];
                     if (u->first.bias) z += u->first.bias[unit];
-                    const bool one = is_live(std::fabs(u->scored ? act(u->activation, z) : z), unit);
+                    float given = u->scored ? act(u->activation, z) : z;
+                    if (u->near_second.values) given *= o + (u->second.bias ? u->second.bias[unit] : 0.0f);
+                    const bool one = is_live(std::fabs(given), unit);
                     any |= one;
                     own_found += one;
-                    if (u->first.values) other[r * units + unit] = one;
+                    if (u->first.values) o = one;
                     else if (!one) z = 0.0f;
                 }
                 if (any) live[first + found++] = int32_t(unit);
@@ -90,7 +101,12 @@ struct Work {
         for (int64_t i = first; i < first + found; ++i) {
             const int64_t unit = live[i];
             float kept[MAX_ROWS], z[MAX_ROWS];
-            for (int r = 0; r < n; ++r) kept[r] = other[r * units + unit], z[r] = a[r * units + unit];
+            for (int r = 0; r < n; ++r) kept[r] = other[r * units + unit];
+            if (u->near_first.values) product(u->first, x, n, a, unit, unit + 1);
+            for (int r = 0; r < n; ++r) {
+                z[r] = a[r * units + unit];
+                if (u->near_first.values && u->first.bias) z[r] += u->first.bias[unit];
+            }
             if (u->second.values) product(u->second, x, n, other, unit, unit + 1);
             for (int r = 0; r < n; ++r) {
                 const float bias = u->second.bias ? u->second.bias[unit] : 0.0f;
@@ -101,6 +117,23 @@ struct Work {
         }
     }
 };
+
+// x [n, padded] in int8, the even columns of each group before the odd ones. NaN and infinity give scales that are so too.
+void round(const float* x, int64_t n, int64_t columns, int8_t* codes, float* scales) {
+    for (int64_t g = 0; g < n * columns / GROUP; ++g, x += GROUP, codes += GROUP) {
+        float largest = 0.0f, odd = 0.0f;
+        for (int i = 0; i < GROUP; ++i) {
+            largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+            odd += x[i] * 0.0f;  // NaN if any is not finite
+        }
+        scales[g] = largest / 127.0f + odd;
+        const float inverse = scales[g] > 0.0f ? 1.0f / scales[g] : 0.0f;
+        for (int i = 0; i < GROUP; ++i) {
+            const float code = std::nearbyint(x[i] * inverse);
+            codes[(i & 1) * GROUP / 2 + i / 2] = int8_t(code >= -127.0f ? code <= 127.0f ? code : 127.0f : -127.0f);
+        }
+    }
+}
 
 int64_t even(int64_t n, int64_t part, int64_t parts, int64_t step) {  // where a thread's share of n begins
     const int64_t at = n / step * part / parts * step;
@@ -130,7 +163,7 @@ int64_t width(const Matrix& m) { return m.kind == F32 ? 4 : 2; }
 void run(Work& w) {
     const int64_t units = w.u->down.out;
     Shared s{&w, {}};
-    const int64_t read = w.u->first.values ? units * w.u->first.in * width(w.u->first) : 0;
+    const int64_t read = w.u->first.values ? units * w.u->first.in : 0;
     int64_t parts = 1;
     for (int64_t t = 0; t < 256; ++t) w.counts[t] = -1;
     if (openmp && read >= SMALL) openmp(choose_in_thread, &s, 0, 0);
@@ -157,11 +190,12 @@ using namespace pumice;
 // y [n, out] of x [n, d], both of kind `io` and contiguous, n <= MAX_ROWS. `read`: units whose rows were read (of all
 // rows of x together), and the sum over rows of x of the units that are live for it. 0: done; 1: no memory.
 PUBLIC int pumice_skip(const Units* u, const void* x, void* y, int64_t n, int io, int avx, int64_t* read) {
-    static thread_local Scratch wide, given, others, sums, lists;
+    static thread_local Scratch wide, given, others, sums, lists, bytes, steps;
     Product product = portable;
     Accumulate accumulate = portable_accumulate;
+    Near near = portable_near;
 #ifdef PUMICE_AVX2
-    if (avx) product = avx2, accumulate = avx2_accumulate;
+    if (avx) product = avx2, accumulate = avx2_accumulate, near = avx2_near;
 #endif
     const int64_t units = u->down.out, out = u->down.in, d = u->first.values ? u->first.in : units;
     int64_t counts[256];
@@ -172,7 +206,15 @@ PUBLIC int pumice_skip(const Units* u, const void* x, void* y, int64_t n, int io
     float* columns = u->first.values ? wide.of(n * padded(u->first)) : a;
     if (!a || !other || !total || !live || !columns) return 1;
     widen(x, io, n, d, u->first.values ? padded(u->first) : units, columns);
-    Work w{u, product, accumulate, columns, a, other, live, counts, total, int(n), 0, 0};
+    Rounded rounded{nullptr, nullptr};
+    if (u->near_first.values) {
+        int8_t* codes = reinterpret_cast<int8_t*>(bytes.of(n * padded(u->first)));
+        float* scales = steps.of(n * groups(u->first));
+        if (!codes || !scales) return 1;
+        round(columns, n, padded(u->first), codes, scales);
+        rounded = {codes, scales};
+    }
+    Work w{u, product, accumulate, near, columns, rounded, a, other, live, counts, total, int(n), 0, 0};
     run(w);
     for (int64_t r = 0; r < n; ++r)
         for (int64_t j = 0; j < out; ++j) {

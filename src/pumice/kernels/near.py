@@ -1,0 +1,48 @@
+"""Near: a matrix in 4 bits, and inputs in 8: what tells which neurons matter before their own weights are read.
+
+ẑ = Ŵ x̂      Ŵ: int4 in groups of 32 columns;  x̂: int8 in groups of 32, scale = max|x| / 127
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pumice.sites import Site
+from pumice.store import GROUP, Store
+
+
+@dataclass(frozen=True, eq=False)
+class Near:
+    """The low-bit copy of one of an FFN's matrices, a row for each unit."""
+
+    store: Store  # [units, d]
+    bias: Tensor | None  # [units]
+
+    @classmethod
+    def of(cls, site: Site, role: str) -> Near:
+        bias = site.bias(role)
+        units = torch.arange(site.units, device=site.matrix(role).device)
+        rows = site.parts[role].index(units)
+        return cls(Store.rounded(site.weight_of(role)[rows], "int4"), None if bias is None else bias[rows])
+
+    @cached_property
+    def dense(self) -> Tensor:
+        return self.store.dense()
+
+    def reference(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., units], fp32."""
+        return F.linear(rounded_rows(x), self.dense.to(x.device), self.bias)
+
+
+def rounded_rows(x: Tensor) -> Tensor:
+    """The values of x [..., d] in int8 with a scale for each group of 32, fp32."""
+    d = x.shape[-1]
+    groups = F.pad(x.float(), (0, -d % GROUP)).unflatten(-1, (-1, GROUP))
+    scale = groups.abs().amax(-1, keepdim=True) / 127
+    codes = torch.where(scale > 0, groups * (1 / scale), groups).round().clamp(-127, 127)  # NaN stays
+    return (codes * scale).flatten(-2)[..., :d]
