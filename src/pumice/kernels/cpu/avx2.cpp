@@ -244,35 +244,71 @@ void avx2_accumulate(const Matrix& m, const int32_t* live, int64_t count, const 
     else accumulate<BF16>(m, live, count, a, n, y, first, last);
 }
 
-void avx2_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last) {
-    const int64_t stride = (m.in + 1) / 2, all = groups(m), full = m.in / GROUP;
-    const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8), ones = _mm256_set1_epi16(1);
+namespace {
+
+// 4-bit codes of a group, as bytes: the even columns, then the odd ones.
+inline __m256i spread_codes(__m128i pairs) {
+    const __m256i low = _mm256_set1_epi8(15), eight = _mm256_set1_epi8(8);
+    const __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs), low);
+    return _mm256_sub_epi8(_mm256_xor_si256(nibbles, eight), eight);
+}
+
+template <int R>
+void near_rows(const Matrix& m, const Rounded& x, float* y, int64_t first, int64_t last) {
+    constexpr int chains = R == 1 ? 4 : R == 2 ? 2 : 1;
+    const int64_t stride = (m.in + 1) / 2, all = groups(m), full = m.in / GROUP, width = padded(m);
+    const __m256i ones = _mm256_set1_epi16(1);
     for (int64_t row = first; row < last; ++row) {
         const uint8_t* codes = static_cast<const uint8_t*>(m.values) + row * stride;
         const uint16_t* scales = m.scales + row * all;
-        __m256 sum[MAX_ROWS];
-        for (int r = 0; r < n; ++r) sum[r] = _mm256_setzero_ps();
-        for (int64_t g = 0; g < all; ++g) {
-            __m128i pairs;
-            if (g < full) {
-                pairs = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + g * GROUP / 2));
-            } else {  // what lies behind the last column meets zeros of x
-                alignas(16) uint8_t rest[16] = {};
-                __builtin_memcpy(rest, codes + g * GROUP / 2, size_t(stride - g * GROUP / 2));
-                pairs = _mm_load_si128(reinterpret_cast<const __m128i*>(rest));
-            }
-            const __m256i nibbles = _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(pairs, 4), pairs), low);
-            const __m256i w = _mm256_sub_epi8(_mm256_xor_si256(nibbles, eight), eight);
-            const __m256i size = _mm256_abs_epi8(w);
-            const float scale = _cvtsh_ss(scales[g]);
-            for (int r = 0; r < n; ++r) {
+        __m256 sum[R][chains];
+        for (int r = 0; r < R; ++r)
+            for (int c = 0; c < chains; ++c) sum[r][c] = _mm256_setzero_ps();
+        const auto group = [&](int64_t g, __m128i pairs, float scale, int chain) __attribute__((always_inline)) {
+            const __m256i w = spread_codes(pairs), size = _mm256_abs_epi8(w);
+            for (int r = 0; r < R; ++r) {
                 const __m256i column =
-                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.codes + r * padded(m) + g * GROUP));
+                    _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.codes + r * width + g * GROUP));
                 const __m256i dot = _mm256_madd_epi16(_mm256_maddubs_epi16(size, _mm256_sign_epi8(column, w)), ones);
-                sum[r] = _mm256_fmadd_ps(_mm256_set1_ps(scale * x.scales[r * all + g]), _mm256_cvtepi32_ps(dot), sum[r]);
+                const __m256 step = _mm256_set1_ps(scale * x.scales[r * all + g]);
+                sum[r][chain % chains] = _mm256_fmadd_ps(step, _mm256_cvtepi32_ps(dot), sum[r][chain % chains]);
             }
+        };
+        const auto load = [&](int64_t g) __attribute__((always_inline)) {
+            return _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + g * GROUP / 2));
+        };
+        int64_t g = 0;
+        for (; g + 4 <= full; g += 4) {
+            alignas(16) float four[4];
+            _mm_store_ps(four, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + g))));
+            for (int i = 0; i < 4; ++i) group(g + i, load(g + i), four[i], i);
         }
-        for (int r = 0; r < n; ++r) y[r * m.out + row] = total(sum[r]);
+        for (; g < full; ++g) group(g, load(g), _cvtsh_ss(scales[g]), 0);
+        if (full < all) {  // what lies behind the last column meets zeros of x
+            alignas(16) uint8_t rest[16] = {};
+            __builtin_memcpy(rest, codes + full * GROUP / 2, size_t(stride - full * GROUP / 2));
+            group(full, _mm_load_si128(reinterpret_cast<const __m128i*>(rest)), _cvtsh_ss(scales[full]), 0);
+        }
+        for (int r = 0; r < R; ++r) {
+            __m256 whole = sum[r][0];
+            for (int c = 1; c < chains; ++c) whole = _mm256_add_ps(whole, sum[r][c]);
+            y[r * m.out + row] = total(whole);
+        }
+    }
+}
+
+}  // namespace
+
+void avx2_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last) {
+    switch (n) {
+        case 1: return near_rows<1>(m, x, y, first, last);
+        case 2: return near_rows<2>(m, x, y, first, last);
+        case 3: return near_rows<3>(m, x, y, first, last);
+        case 4: return near_rows<4>(m, x, y, first, last);
+        case 5: return near_rows<5>(m, x, y, first, last);
+        case 6: return near_rows<6>(m, x, y, first, last);
+        case 7: return near_rows<7>(m, x, y, first, last);
+        default: return near_rows<8>(m, x, y, first, last);
     }
 }
 

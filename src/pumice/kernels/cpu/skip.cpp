@@ -55,6 +55,12 @@ struct Work {
     int64_t total;    // live units of all threads
     int64_t own;      // Σ over rows of the units that are live for the row itself
 
+    static void fetch(const Matrix& m, int64_t row) {
+        const int64_t size = m.in * (m.kind == F32 ? 4 : 2);
+        const char* from = static_cast<const char*>(m.values) + row * size;
+        for (int64_t byte = 0; byte < size && byte < 1024; byte += 64) __builtin_prefetch(from + byte);
+    }
+
     bool is_live(float score, int64_t unit) const {
         if (u->weight) score *= u->weight[unit];
         return !(score <= u->tau);
@@ -100,6 +106,10 @@ struct Work {
         const int64_t units = u->down.out;
         for (int64_t i = first; i < first + found; ++i) {
             const int64_t unit = live[i];
+            if (i + 1 < first + found) {  // the rows are far apart, and each is over before the processor sees it coming
+                if (u->near_first.values) fetch(u->first, live[i + 1]);
+                if (u->second.values) fetch(u->second, live[i + 1]);
+            }
             float kept[MAX_ROWS], z[MAX_ROWS];
             for (int r = 0; r < n; ++r) kept[r] = other[r * units + unit];
             if (u->near_first.values) product(u->first, x, n, a, unit, unit + 1);
