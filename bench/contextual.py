@@ -1,0 +1,148 @@
+"""Claim: at equal bytes a token, 4-bit copies choose neurons better than an open gate does (CATS).
+
+    python bench/contextual.py --test FILE --c4 FILE [--model MODEL] [--name NAME] [--only TEXT]      an hour
+    python bench/contextual.py --table                                                               the table alone
+
+Thresholds calibrated on 16 × 512 tokens of C4, perplexity on 64 windows of 512 of WikiText-2 test, every position but
+the first sparse. Every method is asked for the sparsity at which its FFNs, in 16 bits a weight, read the same share of
+their bytes on the calibration text:
+
+    cats, countdown   1 - 2s/3      one of three matrices whole, the live neurons of the others
+    lowbit            1 - s + 2/3 · 4.5/16
+    teal, wina        1 - s         on the matrices of the FFN alone
+    contribution      as lowbit without its copies: the bound of what a choice among neurons can keep
+
+`bytes` is what the achieved share of live units on the test text then reads. Ratios are to dense, paired bootstrap over
+windows. Each row is added to the results when it is done; a killed bench goes on.
+
+Expected: contribution < lowbit < countdown < cats < wina < teal, and lowbit loses at most half of what CATS loses.
+
+The weights of SmolLM2 were once rounded to about 4 bits, in which a 4-bit copy would save nothing: its 16-bit bytes are
+a convention. Gemma-3-270m keeps 5 to 8 bits in its FFN.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import pumice
+from pumice import recipe
+from pumice.calib.data import tokens
+from pumice.disk import write
+from pumice.eval.perplexity import combine, paired_ratio, perplexity
+from pumice.report.rows import machine
+
+RESULTS = Path(__file__).parent / "results" / "contextual.json"
+COPIES = 2 / 3 * 4.5 / 16  # bytes of the copies over those of the FFN
+SHARES = (2 / 3, 0.8, 0.5)  # of the FFN's bytes
+SPARSITY = {
+    "cats": lambda share: 1.5 * (1 - share),
+    "lowbit": lambda share: 1 - share + COPIES,
+    "contribution": lambda share: 1 - share + COPIES,
+    "countdown": lambda share: 1.5 * (1 - share),
+    "wina": lambda share: 1 - share,
+    "teal": lambda share: 1 - share,
+}
+BYTES = {
+    "cats": lambda density: 1 / 3 + 2 / 3 * density,
+    "countdown": lambda density: 1 / 3 + 2 / 3 * density,
+    "lowbit": lambda density: density + COPIES,
+}
+
+
+def run(model, method: str, share: float, text, test) -> dict:
+    settings = {"sparsity": round(SPARSITY[method](share), 4)}
+    if method in ("teal", "wina"):
+        settings["where"] = "*mlp*"
+    plan = pumice.sparsify(model, recipe.build(method, settings), text, resume=False, check=False)
+    twin = plan.attach(model, exec="reference")
+    twin.pumice.counting = True
+    found = perplexity(twin, test)
+    densities = [selection.counter.density for selection in twin.pumice.selections.values()]
+    density = statistics.mean(densities)
+    return {
+        "method": method,
+        "share": round(share, 4),
+        **settings,
+        "density": round(density, 4),
+        "density_of_sites": [round(min(densities), 4), round(max(densities), 4)],
+        "bytes": round(BYTES.get(method, lambda live: live)(density), 4),
+        "losses": [round(loss, 6) for loss in found.losses],
+    }
+
+
+def finished(data: dict) -> dict:
+    """Perplexities, errors and ratios, all from the windows' losses."""
+    for model in data["models"].values():
+        dense = scored(model["dense"])
+        model["perplexity"] = round(dense.perplexity, 3)
+        for row in model["rows"].values():
+            mine = scored(row["losses"])
+            row["perplexity"], row["error"] = round(mine.perplexity, 3), round(mine.standard_error, 3)
+            row["ratio_to_dense"] = [round(part, 4) for part in paired_ratio(mine, dense)]
+            cats = model["rows"].get(f"cats {row['share']:.4g}")
+            if cats is not None and "perplexity" in cats:
+                loss = cats["perplexity"] - dense.perplexity
+                row["loss_over_that_of_cats"] = round((mine.perplexity - dense.perplexity) / loss, 3)
+    return data
+
+
+def scored(losses: list[float]):
+    return combine(losses, 511 * len(losses), {})
+
+
+def table(data: dict) -> str:
+    lines = []
+    for name, model in data["models"].items():
+        lines += [f"\n{name}, dense {model['perplexity']:.2f}\n"]
+        header = ["method", "sparsity", "live", "bytes of the FFN", "perplexity", "× dense [95 %]", "loss / CATS's"]
+        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for row in sorted(model["rows"].values(), key=lambda row: (-row["share"], row["perplexity"])):
+            bytes_read = "oracle" if row["method"] == "contribution" else f"{row['bytes']:.3f}"
+            low, high = row["ratio_to_dense"][1:]
+            ratio = f"{row['ratio_to_dense'][0]:.3f} [{low:.3f}, {high:.3f}]"
+            cells = [row["method"], f"{row['sparsity']:.3f}", f"{row['density']:.3f}", bytes_read]
+            cells += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", ratio, row.get("loss_over_that_of_cats", "")]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--test", help="raw WikiText-2 test text")
+    parser.add_argument("--c4", help="C4 text: a .jsonl (PATH#field) or text file")
+    parser.add_argument("--model", default="smollm2", help="a name, a folder or a .gguf file")
+    parser.add_argument("--name", help="what the results call the model; default: its own")
+    parser.add_argument("--only", default="", help="rows whose key holds this: `lowbit`, `0.6667`")
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    options = parser.parse_args()
+    data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
+
+    def save() -> None:
+        text = json.dumps(finished(data), indent=1) + "\n"
+        write(RESULTS, lambda path: path.write_text(text))
+
+    if not options.table:
+        model, tokenizer = pumice.load(options.model)
+        test = tokens(f"file:{options.test}", tokenizer, window=512, windows=64, order="sequential", split="test")
+        text = tokens(f"file:{options.c4}", tokenizer, window=512, windows=16)
+        mine = data["models"].setdefault(options.name or options.model, {"rows": {}})
+        data["machine"] = machine()
+        if "dense" not in mine:
+            mine["dense"] = [round(loss, 6) for loss in perplexity(model, test).losses]
+        for share in SHARES:
+            for method in SPARSITY:
+                key = f"{method} {round(share, 4):.4g}"
+                if key in mine["rows"] or options.only not in key:
+                    continue
+                mine["rows"][key] = run(model, method, share, text, test)
+                save()
+                print(key, mine["rows"][key]["perplexity"], mine["rows"][key]["bytes"], flush=True)
+    print(table(finished(data)))
+
+
+if __name__ == "__main__":
+    main()

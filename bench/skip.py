@@ -1,0 +1,115 @@
+"""Claim: at 7B shapes a token's live neurons alone are read, at three quarters of the memory's bandwidth or more.
+
+    python bench/skip.py              two shapes, two kinds, three products: about 2 minutes
+
+Expected before measuring, for one row of input: a product is bound by the bytes that remain, so against dense
+
+    columns    1 / live                           a matrix of which only live columns are read (TEAL, `down`)
+    neurons    3 / (1 + 2·live)                   the gate whole, then the live rows and columns (CATS)
+    copies     3·bits / (3·live·bits + 2·4.5)     4-bit copies of two matrices, then the live neurons (lowbit)
+
+Dense is torch's, and where that does not reach the memory's bandwidth a ratio can exceed the bound. Other processes
+disturb ratios: all run in turn, and medians are taken. `share_of_bandwidth` is the rate at which the bytes that remain
+are read, over the rate at which torch sums a large array in the same turns: this machine's bandwidth comes and goes.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from pumice.kernels.cpu.library import describe
+from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
+from pumice.report.rows import machine
+from pumice.store import Store
+
+RESULTS = Path(__file__).parent / "results" / "skip.json"
+SHAPES = [(576, 1536), (4096, 11008)]  # d, neurons
+SPARSITIES = (0.5, 0.7, 0.9)
+SPREAD = 128 << 20  # bytes over which the copies of an FFN lie, so that no cache holds them
+READ = 512 << 20  # bytes of the array whose sum is the bandwidth
+SECONDS = 2.0  # of timing for each set of products
+
+
+def dense_ffn(x, gate, up, down):
+    return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def cut(scores: torch.Tensor, sparsity: float) -> float:
+    return scores.float().abs().flatten().kthvalue(round(scores.numel() * sparsity)).values.item()
+
+
+def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[str, list]:
+    """The same work in every way, on as many copies as leave the caches."""
+    found: dict[str, list] = {name: [] for name in ("dense", "neurons", "copies", "dense_down", "columns")}
+    x, a = torch.randn(1, d).to(dtype), torch.randn(1, units).to(dtype)
+    for _ in range(max(2, SPREAD // (3 * d * units * dtype.itemsize))):
+        gate, up = ((torch.randn(units, d) * d**-0.5).to(dtype) for _ in range(2))
+        down = (torch.randn(d, units) * units**-0.5).to(dtype)
+        columns = down.T.contiguous()
+        open_gate = F.silu(F.linear(x, gate).float())
+        given, near = open_gate * F.linear(x, up).float(), [Store.rounded(m, "int4") for m in (gate, up)]
+        build = partial(SkipNeurons, Rows(weight=gate), Rows(weight=up), columns, None, activation="silu")
+        found["dense"].append(partial(dense_ffn, x, gate, up, down))
+        found["neurons"].append(partial(build(tau=cut(open_gate, sparsity)), x))
+        found["copies"].append(partial(build(tau=cut(given, sparsity), near=near), x))
+        found["dense_down"].append(partial(F.linear, a, down))
+        found["columns"].append(partial(SkipColumns(columns, None, cut(a, sparsity)), a))
+    return found
+
+
+@torch.no_grad()
+def measure(d: int, units: int, dtype: torch.dtype, sparsity: float) -> list[dict]:
+    made = products(d, units, dtype, sparsity)
+    made["read"] = [torch.ones(READ >> 2).sum]
+    times: dict[str, list[float]] = {name: [] for name in made}
+    end = time.perf_counter() + SECONDS
+    while time.perf_counter() < end or len(times["dense"]) < 9:
+        for name, calls in made.items():
+            start = time.perf_counter()
+            for call in calls:
+                call()
+            times[name].append((time.perf_counter() - start) / len(calls))
+    medians = {name: statistics.median(column) for name, column in times.items()}
+    bandwidth = READ / medians["read"]
+    matrix, live = d * units * dtype.itemsize, 1 - sparsity
+    copies = 2 * Store.rounded(torch.zeros(8, d), "int4").bytes / 8 * units
+    left = {"neurons": matrix * (1 + 2 * live), "copies": 3 * live * matrix + copies, "columns": live * matrix}
+    rows = []
+    for name, bytes_left in left.items():
+        dense, whole = ("dense_down", matrix) if name == "columns" else ("dense", 3 * matrix)
+        one = {"product": name, "d": d, "neurons": units, "dtype": str(dtype)[6:], "sparsity": sparsity}
+        one |= {"dense_us": medians[dense] * 1e6, "skip_us": medians[name] * 1e6}
+        one |= {"speedup": medians[dense] / medians[name], "bytes_bound": whole / bytes_left}
+        one |= {"read_bandwidth_GBps": bandwidth / 1e9}
+        rows.append(one | {"share_of_bandwidth": bytes_left / medians[name] / bandwidth})
+    return rows
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    where = machine()
+    print(f"{where['cpu']}, kernels {describe()}, {where['read_bandwidth_GBps']} GB/s")
+    found = []
+    for shape in SHAPES:
+        for dtype in (torch.float32, torch.bfloat16):
+            for sparsity in SPARSITIES:
+                for one in measure(*shape, dtype, sparsity):
+                    found.append(one)
+                    rate = f"{one['share_of_bandwidth']:.0%} of {one['read_bandwidth_GBps']:.0f} GB/s"
+                    print(
+                        f"{one['d']:5}×{one['neurons']:<6} {one['dtype']:9} {sparsity:.0%} {one['product']:8} "
+                        f"{one['dense_us']:7.0f} -> {one['skip_us']:6.0f} µs  {one['speedup']:.2f}× of "
+                        f"{one['bytes_bound']:.2f}×  {rate}"
+                    )
+    RESULTS.write_text(json.dumps({"machine": where, "kernels": describe(), "products": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
