@@ -28,11 +28,23 @@ def by_threshold(score, site: Site, stats: SiteStats, sparsity: float, first: in
 def tokens_of(site: Site, stats: SiteStats) -> Tokens:
     """What calibration knows of its tokens at a site."""
 
+    def alone(role: str) -> None:
+        if site.expert is not None:
+            raise PumiceError(
+                f"{site.name} is a fused expert, whose matrices run as one: {role!r} cannot be read alone yet. "
+                "Leave it out with `where`, or choose by `contribution`."
+            )
+
     def part(role: str) -> Tensor:
+        alone(role)
         units = torch.arange(site.units, device=site.matrix(role).device)
         rows, bias = site.parts[role].index(units), site.bias(role)
         return F.linear(stats[Entries], site.weight_of(role)[rows], None if bias is None else bias[rows])
 
     parts = {role: (lambda role=role: part(role)) for role in site.in_roles}
-    near = lambda role: Near.of(site, role).reference(stats[Entries])  # noqa: E731
+
+    def near(role: str) -> Tensor:
+        alone(role)
+        return Near.of(site, role).reference(stats[Entries])
+
     return Tokens(a=lambda: stats[Inputs], x=lambda: stats[Entries], parts=parts, near=near)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,7 @@ class Near:
         rows = site.parts[role].index(units)
         return cls(Store.rounded(site.weight_of(role)[rows], "int4"), None if bias is None else bias[rows])
 
-    @cached_property
+    @property
     def dense(self) -> Tensor:
         return self.store.dense()
 

@@ -127,7 +127,7 @@ def _time_columns(out, units, percent, rows, dtype) -> dict:
     copies = max(2, min(64, SPREAD // (out * units * dtype.itemsize)))
     columns = [torch.randn(units, out).to(dtype) for _ in range(copies)]
     x = (torch.randn(rows, units) * (torch.rand(rows, units) * 100 < percent)).to(dtype)
-    dense = [partial(F.linear, weight=matrix.T) for matrix in columns]
+    dense = [partial(F.linear, weight=matrix.T.contiguous()) for matrix in columns]  # as the model stores it
     return _compared(dense, [SkipColumns(matrix, None, 0.0) for matrix in columns], x, "skip_us")
 
 
@@ -145,7 +145,9 @@ def _time_neurons(d, units, out, matrices, copied, percent, rows, dtype) -> dict
         tau = score.kthvalue(max(1, round(score.numel() * (1 - percent / 100)))).values.item()
         sparse.append(SkipNeurons(Rows(weight=first), Rows(weight=second) if matrices > 2 else None, columns, None,
                                   activation="", tau=tau, scored=False, near=near))  # fmt: skip
-        dense.append(partial(_plain_ffn, first=first, second=second if matrices > 2 else None, down=columns.T))
+        dense.append(
+            partial(_plain_ffn, first=first, second=second if matrices > 2 else None, down=columns.T.contiguous())
+        )
     return _compared(dense, sparse, x, "skip_us")
 
 

@@ -49,6 +49,8 @@ class _Skip:
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.out))
         rows = x.numel() // x.shape[-1]
+        if rows > MAX_ROWS or x.dtype is not self.dtype:
+            raise PumiceError(f"this kernel takes up to {MAX_ROWS} rows of {self.dtype}; got {rows} of {x.dtype}.")
         if self._call(self._address, x.data_ptr(), y.data_ptr(), rows, self._io, self._avx, self._counts):
             raise PumiceError("the CPU kernels found no memory for their input. Free some.")
         return y
@@ -70,7 +72,7 @@ class SkipColumns(_Skip):
     def __init__(self, columns: Tensor, bias: Tensor | None, tau: float, weight: Tensor | None = None,
                  isa: Isa | None = None) -> None:  # fmt: skip
         down, weight = _down(columns, bias), None if weight is None else weight.float().contiguous()
-        units = Units(down=_matrix(down), weight=_pointer(weight), tau=_below(tau))
+        units = Units(down=_matrix(down), weight=_pointer(weight), tau=tau)
         super().__init__(units, [down.weight, down.bias, weight], columns.shape[1], columns.dtype, isa)
 
 
@@ -94,7 +96,7 @@ class SkipNeurons(_Skip):
             down=_matrix(parts[2]),
             **{f"near_{at}": _codes(store) for at, store in zip(("first", "second"), near, strict=False)},
             weight=_pointer(weight),
-            tau=_below(tau),
+            tau=tau,
             activation=ACTIVATIONS.index(activation),
             scored=int(scored),
             gated_by=1 if first_is_gate else 2,
@@ -102,12 +104,6 @@ class SkipNeurons(_Skip):
         tensors = [tensor for part in parts if part for tensor in (part.weight, part.bias)]
         tensors += [tensor for store in near for tensor in (store.tensor, store.scales)]
         super().__init__(units, [*tensors, weight], columns.shape[1], columns.dtype, isa)
-
-
-def _below(tau: float) -> float:
-    """The largest fp32 number that is no larger: what is compared in fp32 then has the same outcome."""
-    single = torch.tensor(tau, dtype=torch.float32)
-    return torch.nextafter(single, single.new_tensor(-torch.inf)).item() if single.item() > tau else single.item()
 
 
 def _rows(part: Rows | None) -> Rows | None:

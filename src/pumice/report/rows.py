@@ -101,7 +101,10 @@ def budget_of(plan: Plan) -> str:
         return "masked weights, then neurons"
     if slims_of(plan):
         return "weights of the parts that lost units"
-    return "weights of the pruned matrices" if plan.weights else "FFN neurons, per generated token"
+    if plan.weights:
+        return "weights of the pruned matrices"
+    kinds = {form.units for form in plan.select.values() if form.scope == "token"}
+    return "what every token chooses among, by weights" if kinds else "FFN neurons, per generated token"
 
 
 def how(twin: nn.Module) -> str:

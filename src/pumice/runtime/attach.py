@@ -78,13 +78,17 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
         runtime.packed, runtime.dense = install_packed(model, sites, masks, always, lambda: runtime.counting)
     check_overlap(sites, plan)
     fused: dict[str, dict[str, Selection | TokenSelection]] = {}
-    for name, form in plan.select.items():
+    # single matrices first: what stands in for a whole FFN sees then that one of its matrices runs in another way
+    ordered = sorted(plan.select.items(), key=lambda item: sites[item[0]].kind != "linear")
+    edited = {sites[name].parts["weight"].module for name, _ in ordered if sites[name].kind == "linear"}
+    for name, form in ordered:
         site = sites[name]
         _check_select(site, form, plan)
         if form.scope == "token":
             runtime.selections[name] = selection = TokenSelection(site, form, runtime)
         else:
             gatherable = site.kind == "ffn" and site.expert is None
+            gatherable = gatherable and not edited & {part.module for part in site.parts.values()}
             runtime.selections[name] = selection = Selection(site, form, runtime, gatherable)
         if site.expert is not None or site.kind == "experts":
             module = next(iter(site.parts.values())).module
@@ -98,15 +102,30 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
         exchange(model, {module: splice_experts(model.get_submodule(module), neurons, whole)})
     if plan.select:
         runtime.arguments = tuple(inspect.signature(model.forward).parameters)
-        if runtime.remembers and not set(NAMES) & set(runtime.arguments):
+        if not set(NAMES) & set(runtime.arguments):
             raise PumiceError(
                 f"{type(model).__name__} keeps its state in another way than a cache, so a plan that selects "
-                "per prompt cannot tell prompt from generated tokens there. Use a method that prunes weights."
+                "units cannot tell prompt from generated tokens there. Use a method that prunes weights."
             )
         model.register_forward_pre_hook(runtime.before, with_kwargs=True)
         model.register_forward_hook(runtime.after, with_kwargs=True, always_call=True)
         model.__dict__["generate"] = functools.partial(generate, model, runtime)
+    runtime.arch = rerooted(arch, model)  # holding the model that it was made of would hold its weights
     model.__dict__["pumice"] = runtime
+
+
+def rerooted(arch: Arch, model: nn.Module) -> Arch:
+    """The same layout, of a twin."""
+    return Arch(
+        tuple(
+            replace(
+                block,
+                module=model.get_submodule(block.name),
+                sites=tuple(replace(site, root=model) for site in block.sites),
+            )
+            for block in arch.blocks
+        )
+    )
 
 
 def _site(arch: Arch, name: str) -> Site:

@@ -78,7 +78,7 @@ class Runtime:
 
     @contextmanager
     def phase(self, prompt: int | Tensor | None, mask: Tensor | None = None) -> Iterator[None]:
-        """Say where the prompts end, as a cache position for all rows or for each [B]; None: dense everywhere."""
+        """Say where the prompts end, as a cache position for all rows or for each [B]; None: it is not said."""
         before, self.border, self.prompt_mask = (self.border, self.prompt_mask), prompt, mask
         try:
             yield
@@ -103,7 +103,7 @@ class Runtime:
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
         """Make the Step of this forward."""
         if torch.compiler.is_compiling():
-            raise PumiceError("a plan that selects per prompt cannot be traced by torch.compile; run it uncompiled.")
+            raise PumiceError("a plan that selects units cannot be traced by torch.compile; run it uncompiled.")
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         tokens = given.get("input_ids")
         tokens = given.get("inputs_embeds") if tokens is None else tokens

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from pumice.errors import PumiceError
 from pumice.forms import Copied, Magnitude, Projected, Select, Threshold
 from pumice.kernels.cpu.library import library
-from pumice.kernels.near import Near
 from pumice.kernels.select import columns_pay, neurons_pay
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
 from pumice.runtime.guard import SMALLEST, Unchanged, plain
 from pumice.sites import Site, owner
+
+if TYPE_CHECKING:
+    from pumice.runtime.token import TokenSelection
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,10 +42,9 @@ class Skipping:
         return plain(x, self.product.dtype, rows) and self.unchanged() and self.pays(rows)
 
 
-def skipping(
-    site: Site, form: Select, get: Callable[[str], nn.Module], copy: Callable[[str], Near], always: bool
-) -> Skipping | None:
-    """The product for a site, or None where there is none. `copy(role)`: the low-bit copy of one of its matrices."""
+def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always: bool) -> Skipping | None:
+    """The product for a selection, or None where there is none or it was timed no faster than dense."""
+    site, form = selection.site, selection.form
     modules = {part.module: get(part.module) for part in site.parts.values()}
     out = site.matrix(site.out_role)
     if not isinstance(form.cut, Threshold) or site.expert is not None or site.kind not in ("linear", "ffn"):
@@ -59,24 +61,44 @@ def skipping(
         library()
     except PumiceError:
         return None
-    if isinstance(form.score, (Projected, Copied)) and site.whole:
-        return _neurons(site, form, modules, copy, always)
+    selection.timed = True
+    if site.whole and _tells(site, form.score):
+        return _neurons(site, form, modules, selection.copy, always)
+    if isinstance(form.score, Copied):
+        return None  # computing the copies' scores in torch takes longer than what `down` alone saves
     return _columns(site, form, modules, always)
 
 
+def _tells(site: Site, score) -> bool:
+    """Whether the kernel knows a score: it has one activation, that of the FFN."""
+    if isinstance(score, Copied):
+        return score.activation == site.activation and score.gated == ("gate" in site.parts)
+    if not isinstance(score, Projected):
+        return False
+    return not score.activation or (score.activation == site.activation and score.role == site.in_roles[0])
+
+
 def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bool) -> Skipping:
-    part = site.parts[site.out_role]
+    part, matrix = site.parts[site.out_role], site.matrix(site.out_role)
+    (out, units), dtype = matrix.shape, matrix.dtype
+    pays = _yes if always else cache(lambda rows: columns_pay(out, units, _percent(form), _bucket(rows), dtype))
+    if not pays(1):
+        return None
     columns, scores = _laid_out(site, modules[part.module]), isinstance(form.score, Magnitude)
     tau, weight = (form.cut.tau, form.score.weight) if scores else (0.0, None)
     product = SkipColumns(columns, getattr(modules[part.module], "bias", None), tau, weight)
-    units, out = columns.shape
-    pays = cache(lambda rows: columns_pay(out, units, _percent(form), _bucket(rows), columns.dtype))
-    return Skipping(part.module, False, product, Unchanged([modules[part.module]]), _yes if always else pays, scores)
+    return Skipping(part.module, False, product, Unchanged([modules[part.module]]), pays, scores)
 
 
 def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, always: bool) -> Skipping:
     score, units, copied = form.score, torch.arange(site.units), isinstance(form.score, Copied)
     tells = site.in_roles[0] if copied else score.role
+    down = site.matrix("down")
+    shape, dtype = (site.matrix(tells).shape[1], site.units, down.shape[0]), down.dtype
+    known = (len(site.parts), copied, _percent(form))
+    pays = _yes if always else cache(lambda n: neurons_pay(*shape, *known, _bucket(n), dtype))
+    if not pays(1):
+        return None
     columns = _laid_out(site, modules[site.parts["down"].module])
 
     def rows(role: str) -> Rows:
@@ -102,10 +124,7 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
         first_is_gate=tells == "gate" or other is None,
         near=[copy(role).store for role in site.in_roles] if copied else (),
     )
-    shape = (site.matrix(tells).shape[1], site.units, columns.shape[1])
-    known = (len(site.parts), copied, _percent(form))
-    pays = cache(lambda n: neurons_pay(*shape, *known, _bucket(n), columns.dtype))
-    return Skipping(site.whole, True, product, Unchanged(modules.values()), _yes if always else pays, True)
+    return Skipping(site.whole, True, product, Unchanged(modules.values()), pays, True)
 
 
 def _laid_out(site: Site, module: nn.Module) -> Tensor:
@@ -116,7 +135,7 @@ def _laid_out(site: Site, module: nn.Module) -> Tensor:
     columns = view.of(parameter.detach()).T
     if not columns.is_contiguous():
         columns = columns.contiguous()
-        module._parameters[leaf] = nn.Parameter(columns.T, requires_grad=parameter.requires_grad)
+        module._parameters[leaf] = nn.Parameter(view.of(columns.T), requires_grad=parameter.requires_grad)
     return columns
 
 

@@ -122,4 +122,10 @@ def cache_in(output):
 
 def past_length(cache) -> int:
     """Positions that a cache holds."""
-    return 0 if cache is None else int(cache.get_seq_length())
+    try:
+        return 0 if cache is None else int(cache.get_seq_length())
+    except ValueError as error:
+        raise PumiceError(
+            "this model's cache holds states and not positions, so a plan that selects units cannot tell prompt from "
+            "generated tokens there. Use a method that prunes weights."
+        ) from error

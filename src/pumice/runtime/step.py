@@ -36,6 +36,8 @@ class Step:
         return self._tokens[first]
 
     def _late(self, first: int) -> Tensor | None:
+        if self.open is not None and bool(self.open.all()):
+            object.__setattr__(self, "open", None)
         if isinstance(self.before, int) and self.before >= first:
             return self.open
         number = torch.as_tensor(self.before, device=self.valid.device).reshape(-1, 1) + self.valid.cumsum(1)

@@ -39,6 +39,7 @@ class TokenSelection:
     seen: dict[str, Tensor] = field(default_factory=dict)  # of the running forward: role -> output, `entry` -> input
     copies: dict[str, Near] = field(default_factory=dict)  # of the site's matrices, by role
     skip: Skipping | None = None
+    timed: bool = False  # whether a kernel was compared with dense
     skipped: bool = False  # whether the last sparse tokens ran on the kernel
     calls: int = 0  # of the kernel
     units_read: int = 0  # by these calls
@@ -46,7 +47,7 @@ class TokenSelection:
     @property
     def ran(self) -> str:
         """How it ran last, in a word of the reports."""
-        return "skipping" if self.skipped else "masked, no gathered form" if self.skip is None else "masked"
+        return "skipping" if self.skipped else "masked" if self.timed else "masked, no gathered form"
 
     def can_skip(self, x: Tensor) -> bool:
         """Whether the kernel takes this input: all of its tokens sparse, few of them."""
@@ -146,7 +147,11 @@ def check_token(site: Site, form: Select) -> None:
     if site.kind == "linear" and not isinstance(form.score, Magnitude):
         raise PumiceError(f"{site.name} is a single matrix: its columns go by Magnitude.")
     role = getattr(form.score, "role", None)
-    if role is not None and (site.expert is not None or role not in site.in_roles):
+    if role is not None and site.expert is not None:
+        raise PumiceError(
+            f"{site.name} is a fused expert, whose matrices run as one: {role!r} cannot be read alone yet."
+        )
+    if role is not None and role not in site.in_roles:
         raise PumiceError(f"{site.name} has no matrix {role!r} whose output could be read before the others run.")
 
 
@@ -193,18 +198,20 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
 
     def standing_in(dense: Callable) -> Callable:
         def forward(x: Tensor, *args, **kwargs) -> Tensor:
-            return selection.run(x) if selection.can_skip(x) else dense(x, *args, **kwargs)
+            skips = not stand_in.training and selection.can_skip(x)  # training may drop out inside
+            return selection.run(x) if skips else dense(x, *args, **kwargs)
 
         return forward
 
     runtime = selection.runtime
     if runtime.fast:
-        selection.skip = skipping(site, selection.form, get, selection.copy, runtime.kernels == "always")
+        selection.skip = skipping(selection, get, runtime.kernels == "always")
     skip = selection.skip
     if skip is not None and skip.whole:
-        replaced[skip.at] = respliced(get(skip.at), standing_in(get(skip.at).forward))
+        replaced[skip.at] = stand_in = respliced(get(skip.at), standing_in(get(skip.at).forward))
     if not isinstance(selection.form.score, Magnitude):
         for name in {site.parts[role].module for role in site.in_roles}:
-            replaced[name] = respliced(get(name), noting(name, get(name).forward, name == site.entry))
+            first = site.parts[site.in_roles[0]].module  # reads what the units are made from, as others may too
+            replaced[name] = respliced(get(name), noting(name, get(name).forward, name == first))
     replaced[out] = respliced(get(out), editing(get(out).forward))
     return replaced

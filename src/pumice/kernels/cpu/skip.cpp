@@ -2,6 +2,7 @@
 //
 // Of several rows of x the union of their live units is read, and each row keeps its own zeros. A unit is dropped if and
 // only if its score <= tau, so that NaN stays live.
+#include <algorithm>
 #include <cmath>
 
 #include "shared.h"
@@ -24,6 +25,8 @@ struct Units {
 };
 
 namespace {
+
+constexpr int64_t THREADS = 256;  // that choose; with more the others wait
 
 float act(int32_t kind, float z) {
     switch (kind) {
@@ -152,12 +155,13 @@ int64_t even(int64_t n, int64_t part, int64_t parts, int64_t step) {  // where a
 
 struct Shared {
     Work* w;
-    int64_t owns[256];
+    int64_t owns[THREADS];
 };
 
 void choose_in_thread(void* data) {
     Shared& s = *static_cast<Shared*>(data);
-    const int64_t me = thread_number(), parts = thread_count(), units = s.w->u->down.out;
+    const int64_t me = thread_number(), parts = std::min(int64_t(thread_count()), THREADS), units = s.w->u->down.out;
+    if (me >= parts) return;
     s.w->choose(even(units, me, parts, 1), even(units, me + 1, parts, 1), &s.w->counts[me], &s.owns[me]);
 }
 
@@ -175,10 +179,10 @@ void run(Work& w) {
     Shared s{&w, {}};
     const int64_t read = w.u->first.values ? units * w.u->first.in : 0;
     int64_t parts = 1;
-    for (int64_t t = 0; t < 256; ++t) w.counts[t] = -1;
+    for (int64_t t = 0; t < THREADS; ++t) w.counts[t] = -1;
     if (openmp && read >= SMALL) openmp(choose_in_thread, &s, 0, 0);
     else w.choose(0, units, &w.counts[0], &s.owns[0]);
-    while (parts < 256 && w.counts[parts] >= 0) ++parts;
+    while (parts < THREADS && w.counts[parts] >= 0) ++parts;
     w.total = w.own = 0;
     for (int64_t t = 0; t < parts; ++t) {  // the lists of the threads, one behind the other
         const int64_t from = even(units, t, parts, 1);
@@ -208,7 +212,7 @@ PUBLIC int pumice_skip(const Units* u, const void* x, void* y, int64_t n, int io
     if (avx) product = avx2, accumulate = avx2_accumulate, near = avx2_near;
 #endif
     const int64_t units = u->down.out, out = u->down.in, d = u->first.values ? u->first.in : units;
-    int64_t counts[256];
+    int64_t counts[THREADS];
     float* a = given.of(n * units);
     float* other = u->first.values ? others.of(n * units) : a;
     float* total = io == F32 ? static_cast<float*>(y) : sums.of(n * out);
