@@ -39,7 +39,7 @@ def filled(text: str) -> str:
 
 def figures(name: str) -> str:
     """What the committed results say of a method, each table with the command that made it."""
-    tables = [*_speed(name), *_prompt_level(name), *_pruning(name), *_streamed(name)]
+    tables = [*_speed(name), *_prompt_level(name), *_pruning(name), *_contextual(name), *_streamed(name)]
     return "\n\n".join(tables) or f"None is committed yet. Measured by {SCRIPTS.get(name, '`bench/pruning.py`')}."
 
 
@@ -120,6 +120,27 @@ def _pruned(name: str, data: dict, flag: str) -> list[str]:
         cells.append([*what, *scores, against, *costs])
     header = ["method", "sparsity", "calibration", *tests, "over Wanda, 95 %", "minutes", "peak memory"]
     return [_table(title, header, cells)]
+
+
+def _contextual(name: str) -> list[str]:
+    data = _read("contextual.json")
+    tables = []
+    for model, found in data["models"].items() if data else ():
+        rows = [row for row in found["rows"].values() if row["method"] == name]
+        if rows:
+            title = (
+                f"`python bench/contextual.py`: {model}, calibrated on C4, 64 windows of 512 of WikiText-2 test; "
+                f"dense {found['perplexity']:.2f}. Bytes are of the FFN in 16 bits a weight."
+            )
+            cells = []
+            for row in rows:
+                ratio, low, high = row["ratio_to_dense"]
+                read = "the bound" if name == "contribution" else f"{row['bytes']:.3f}"
+                cells.append([f"{row['sparsity']:.3f}", f"{row['density']:.3f}", read])
+                cells[-1] += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", f"{ratio:.3f} [{low:.3f}, {high:.3f}]"]
+            header = ["sparsity asked", "live on the test", "bytes", "perplexity", "over dense, 95 %"]
+            tables.append(_table(title, header, cells))
+    return tables
 
 
 def _decides(row: dict, name: str) -> bool:
