@@ -68,6 +68,16 @@ def neurons_pay(
     return measured(key, lambda: _time_neurons(d, units, out, matrices, copied, percent, rows, dtype))["speedup"] > 1.0
 
 
+def percent(density: float) -> int:
+    """To the next 5 %, so that a model asks for few timings."""
+    return round(20 * density) * 5
+
+
+def bucket(rows: int) -> int:
+    """The next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
 def measured(key: str, measure: Callable[[], dict]) -> dict:
     """The result kept under `key` in the cache file, measured at the first call."""
     table = _table()

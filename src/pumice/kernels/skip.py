@@ -138,6 +138,3 @@ def _codes(store: Store) -> Matrix:
 
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
-
-
-__all__ = ["MAX_ROWS", "Rows", "SkipColumns", "SkipNeurons"]

@@ -68,10 +68,11 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"{_list(packed)}: no speed to speak of. Each packed matrix was timed faster than its dense one, but what "
             "they save is spent around them, or lost in noise."
         )
-    above = [row for row in rows if row.ran in ("packed", "partly packed") and _above_its_bytes(row)]
+    ours = ("packed", "partly packed", "skipping", "partly skipping")
+    above = [row for row in rows if row.ran in ours and _above_its_bytes(row)]
     if above:
         lines.append(
-            f"{_list(above)}: faster than the bytes allow. The packed kernel reads memory faster than torch's dense "
+            f"{_list(above)}: faster than the bytes allow. The kernel reads memory faster than torch's dense "
             "product does here; that part of the gain is the kernel's, not the zeros'."
         )
     formless = [row for row in rows if row.ran == "masked, no gathered form"]

@@ -19,7 +19,7 @@ from pumice.forms import Mask
 from pumice.kernels.cpu.library import library
 from pumice.kernels.ops import Product
 from pumice.kernels.pack import pack
-from pumice.kernels.select import packed_pays
+from pumice.kernels.select import bucket, packed_pays, percent
 from pumice.runtime.counters import Counter
 from pumice.runtime.guard import SMALLEST, Unchanged, plain
 from pumice.runtime.tree import exchange, respliced
@@ -112,7 +112,7 @@ def _packed(model, site: Site, mask: Mask, always: bool, counting) -> PackedForw
     except PumiceError as error:
         raise _Dense(str(error)) from error
     kept = 1 - mask.sparsity
-    pays = cache(partial(_pays, *matrix.shape, round(20 * kept) * 5, kind, view.transposed))
+    pays = cache(partial(_pays, *matrix.shape, percent(kept), kind, view.transposed))
     if not always and (matrix.numel() < SMALLEST or not pays(1)):
         raise _Dense("packed was measured no faster than dense at these shapes")
     product = Product(pack(matrix, mask.keep), bias)
@@ -127,5 +127,5 @@ def _packed(model, site: Site, mask: Mask, always: bool, counting) -> PackedForw
     )
 
 
-def _pays(out: int, columns: int, percent: int, kind: str, transposed: bool, rows: int) -> bool:
-    return packed_pays(out, columns, percent, 1 << (rows - 1).bit_length(), kind, transposed)
+def _pays(out: int, columns: int, share: int, kind: str, transposed: bool, rows: int) -> bool:
+    return packed_pays(out, columns, share, bucket(rows), kind, transposed)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pumice.errors import PumiceError
 from pumice.forms import Copied, Magnitude, Projected, Select, Threshold
 from pumice.kernels.cpu.library import library
-from pumice.kernels.select import columns_pay, neurons_pay
+from pumice.kernels.select import bucket, columns_pay, neurons_pay, percent
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
 from pumice.runtime.guard import SMALLEST, Unchanged, plain
 from pumice.sites import Site, owner
@@ -78,10 +78,12 @@ def _tells(site: Site, score) -> bool:
     return not score.activation or (score.activation == site.activation and score.role == site.in_roles[0])
 
 
-def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bool) -> Skipping:
+def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bool) -> Skipping | None:
     part, matrix = site.parts[site.out_role], site.matrix(site.out_role)
     (out, units), dtype = matrix.shape, matrix.dtype
-    pays = _yes if always else cache(lambda rows: columns_pay(out, units, _percent(form), _bucket(rows), dtype))
+    pays = (
+        _yes if always else cache(lambda rows: columns_pay(out, units, percent(1 - form.sparsity), bucket(rows), dtype))
+    )
     if not pays(1):
         return None
     columns, scores = _laid_out(site, modules[part.module]), isinstance(form.score, Magnitude)
@@ -90,13 +92,13 @@ def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bo
     return Skipping(part.module, False, product, Unchanged([modules[part.module]]), pays, scores)
 
 
-def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, always: bool) -> Skipping:
+def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, always: bool) -> Skipping | None:
     score, units, copied = form.score, torch.arange(site.units), isinstance(form.score, Copied)
     tells = site.in_roles[0] if copied else score.role
     down = site.matrix("down")
     shape, dtype = (site.matrix(tells).shape[1], site.units, down.shape[0]), down.dtype
-    known = (len(site.parts), copied, _percent(form))
-    pays = _yes if always else cache(lambda n: neurons_pay(*shape, *known, _bucket(n), dtype))
+    known = (len(site.parts), copied, percent(1 - form.sparsity))
+    pays = _yes if always else cache(lambda n: neurons_pay(*shape, *known, bucket(n), dtype))
     if not pays(1):
         return None
     columns = _laid_out(site, modules[site.parts["down"].module])
@@ -104,11 +106,8 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
     def rows(role: str) -> Rows:
         part, bias = site.parts[role], site.bias(role)
         matrix = site.matrix(role).detach()
-        whole = part.start == 0 and part.stride == 1 and matrix.shape[0] == site.units
-        one_run = part.stride == part.width
-        picked = (
-            matrix if whole else matrix[part.start : part.start + site.units] if one_run else matrix[part.index(units)]
-        )
+        in_a_row = part.stride == part.width  # then no copy is made
+        picked = matrix[part.start : part.start + site.units] if in_a_row else matrix[part.index(units)]
         return Rows(weight=picked, bias=None if bias is None else bias[part.index(units)])
 
     other = next((role for role in site.in_roles if role != tells), None)
@@ -137,14 +136,6 @@ def _laid_out(site: Site, module: nn.Module) -> Tensor:
         columns = columns.contiguous()
         module._parameters[leaf] = nn.Parameter(view.of(columns.T), requires_grad=parameter.requires_grad)
     return columns
-
-
-def _percent(form: Select) -> int:
-    return round(20 * (1 - form.sparsity)) * 5
-
-
-def _bucket(rows: int) -> int:
-    return 1 << (rows - 1).bit_length()
 
 
 def _yes(rows: int) -> bool:
