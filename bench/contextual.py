@@ -11,13 +11,15 @@ their bytes on the calibration text:
     lowbit            1 - s + 2/3 · 4.5/16
     teal, wina        1 - s         on the matrices of the FFN alone
     contribution      as lowbit without its copies: the bound of what a choice among neurons can keep
+    dejavu            1 - s + its nets, of rank d/8 in every layer
+    shadowllm         the same, of the layers after the first, + its net, at the most 2 % of the model's weights
 
 `bytes` is what the achieved share of live units on the test text then reads. Ratios are to dense, paired bootstrap over
 windows. Each row is added to the results when it is done; a killed bench goes on.
 
-Expected: contribution < lowbit < countdown < cats < wina < teal, and lowbit loses at most half of what CATS loses.
-Found on SmolLM2: the first two as expected, then teal < wina < cats < countdown. A gate that is read whole costs more
-than it tells.
+Expected: contribution < lowbit < countdown < cats < wina < teal, and lowbit loses at most half of what CATS loses; nets
+behind all of these, since they were made for ReLU. Found on SmolLM2: the first two as expected, then
+teal < wina < cats < countdown. A gate that is read whole costs more than it tells.
 
 The weights of SmolLM2 were once rounded to about 4 bits, in which a 4-bit copy would save nothing: its 16-bit bytes are
 a convention. Gemma-3-270m keeps 5 to 8 bits in its FFN.
@@ -28,50 +30,85 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
 
 import pumice
 from pumice import recipe
+from pumice.arch.detect import detect
 from pumice.calib.data import tokens
 from pumice.disk import write
 from pumice.eval.perplexity import combine, paired_ratio, perplexity
+from pumice.methods.token.shadowllm import SHARE
 from pumice.report.rows import machine
 
 RESULTS = Path(__file__).parent / "results" / "contextual.json"
 COPIES = 2 / 3 * 4.5 / 16  # bytes of the copies over those of the FFN
 SHARES = (2 / 3, 0.8, 0.5)  # of the FFN's bytes
-SPARSITY = {
-    "cats": lambda share: 1.5 * (1 - share),
-    "lowbit": lambda share: 1 - share + COPIES,
-    "contribution": lambda share: 1 - share + COPIES,
-    "countdown": lambda share: 1.5 * (1 - share),
-    "wina": lambda share: 1 - share,
-    "teal": lambda share: 1 - share,
-}
-BYTES = {
-    "cats": lambda density: 1 / 3 + 2 / 3 * density,
-    "countdown": lambda density: 1 / 3 + 2 / 3 * density,
-    "lowbit": lambda density: density + COPIES,
+PARTS = ("recall", "precision", "captured")
+CRITERIA = ("plainact", "l2_norm", "grad_norm", "fisher", "snip", "grasp", "nwot")  # the other two are of heads
+NETS = {"dejavu": ("dejavu", {}), "shadowllm, global": ("shadowllm", {"style": "global"})}
+NETS |= {f"shadowllm, {name}": ("shadowllm", {"style": "layer", "criterion": name}) for name in CRITERIA}
+METHODS = {
+    "cats": ("cats", {}),
+    "lowbit": ("lowbit", {}),
+    "contribution": ("contribution", {}),
+    "countdown": ("countdown", {}),
+    "wina": ("wina", {"where": "*mlp*"}),
+    "teal": ("teal", {"where": "*mlp*"}),
+    **{name: (method, settings | {"recall": 0.0}) for name, (method, settings) in NETS.items()},
 }
 
 
-def run(model, method: str, share: float, text, test) -> dict:
-    settings = {"sparsity": round(SPARSITY[method](share), 4)}
-    if method in ("teal", "wina"):
-        settings["where"] = "*mlp*"
+@dataclass(frozen=True)
+class Bytes:
+    """What a method reads of the FFNs' bytes: `whole` for every token, and of the live units' share `part`."""
+
+    whole: float = 0.0
+    part: float = 1.0
+
+    def read(self, density: float) -> float:
+        return self.whole + self.part * density
+
+    def sparsity(self, share: float) -> float:
+        return 1 - (share - self.whole) / self.part
+
+
+def bytes_of(method: str, model) -> Bytes:
+    sites = detect(model).of_kind("ffn")
+    d, units, layers = sites[0].matrix("up").shape[1], sites[0].units, len(sites)
+    ffn = sum(site.matrix(role).numel() for site in sites for role in site.parts)
+    net = SHARE * sum(parameter.numel() for parameter in model.parameters()) / ffn
+    return {
+        "cats": Bytes(1 / 3, 2 / 3),
+        "countdown": Bytes(1 / 3, 2 / 3),
+        "lowbit": Bytes(COPIES),
+        "contribution": Bytes(COPIES),
+        "dejavu": Bytes(d // 8 * (d + units) * layers / ffn),
+        "shadowllm": Bytes(net + 1 / layers, 1 - 1 / layers),
+    }.get(method, Bytes())
+
+
+def run(model, name: str, share: float, text, test) -> dict:
+    method, settings = METHODS[name]
+    cost = bytes_of(method, model)
+    settings = {"sparsity": round(cost.sparsity(share), 4), **settings}
     plan = pumice.sparsify(model, recipe.build(method, settings), text, resume=False, check=False)
     twin = plan.attach(model, exec="reference")
     twin.pumice.counting = True
     found = perplexity(twin, test)
     densities = [selection.counter.density for selection in twin.pumice.selections.values()]
     density = statistics.mean(densities)
+    nets = [form.score for form in plan.select.values() if hasattr(form.score, "recall")]
+    found_by_nets = {part: round(statistics.mean(getattr(net, part) for net in nets), 4) for part in PARTS if nets}
     return {
-        "method": method,
+        "method": name,
         "share": round(share, 4),
         **settings,
         "density": round(density, 4),
         "density_of_sites": [round(min(densities), 4), round(max(densities), 4)],
-        "bytes": round(BYTES.get(method, lambda live: live)(density), 4),
+        "bytes": round(cost.read(density), 4),
+        **found_by_nets,
         "losses": [round(loss, 6) for loss in found.losses],
     }
 
@@ -136,7 +173,7 @@ def main() -> None:
         if "dense" not in mine:
             mine["dense"] = [round(loss, 6) for loss in perplexity(model, test).losses]
         for share in SHARES:
-            for method in SPARSITY:
+            for method in METHODS:
                 key = f"{method} {round(share, 4):.4g}"
                 if key in mine["rows"] or options.only not in key:
                     continue

@@ -126,7 +126,7 @@ def _contextual(name: str) -> list[str]:
     data = _read("contextual.json")
     tables = []
     for model, found in data["models"].items() if data else ():
-        rows = [row for row in found["rows"].values() if row["method"] == name]
+        rows = [row for row in found["rows"].values() if row["method"].partition(",")[0] == name]
         if rows:
             title = (
                 f"`python bench/contextual.py`: {model}, calibrated on C4, 64 windows of 512 of WikiText-2 test; "

@@ -55,7 +55,7 @@ def plan_of(**settings):
         base={"name": "a/b", "fingerprint": "0" * 32},
         measurements={"perplexity": 12.25, "speeds": [1, 2.5, None]},
     )
-    return Plan(weights=weights, select=select, nets={"shared": ODD}, **{**plain, **settings})
+    return Plan(weights=weights, select=select, **{**plain, **settings})
 
 
 @pytest.fixture
@@ -80,11 +80,13 @@ def test_a_whole_plan_comes_back_as_it_was(saved):
 
 
 def test_forms_that_share_a_tensor_are_saved(tmp_path):
-    form = Select(score=Static(values=ODD[1]), cut=TopK(sparsity=0.5), units=13)
-    plan = Plan(select={"a": form, "b": form}, nets={"row": ODD[1], "all": ODD, "transposed": ODD.T})
+    row = ODD[1]
+    forms = [Select(score=Static(values=values), cut=TopK(sparsity=0.5), units=13) for values in (row, row, ODD[1])]
+    plan = Plan(select=dict(zip("abc", forms, strict=True)))
     plan.save(tmp_path)
-    same(Plan.load(tmp_path).select, plan.select)
-    assert torch.equal(Plan.load(tmp_path).nets["transposed"], ODD.T)
+    found = Plan.load(tmp_path).select
+    same(found, plan.select)
+    assert found["a"].score.values is found["b"].score.values
 
 
 def test_saving_again_replaces(saved):
@@ -161,7 +163,7 @@ def test_another_version_is_named(saved, version):
     refused(saved, "pumice.json", "version")
 
 
-@pytest.mark.parametrize("key", ["weights", "select", "nets", "recipe", "base", "calibration", "measurements"])
+@pytest.mark.parametrize("key", ["weights", "select", "recipe", "base", "calibration", "measurements"])
 def test_a_missing_part_is_named(saved, key):
     edit(saved, lambda data: data.pop(key))
     refused(saved, "pumice.json", key)

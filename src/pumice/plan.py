@@ -29,7 +29,6 @@ class Plan:
 
     weights: dict[str, Mask | Slim] = field(default_factory=dict)
     select: dict[str, Select] = field(default_factory=dict)
-    nets: dict[str, Tensor] = field(default_factory=dict)
     recipe: list[dict] = field(default_factory=list)
     calibration: dict = field(default_factory=dict)
     base: dict = field(default_factory=dict)  # name, fingerprint, and `applied`: the fingerprint with the masks written
@@ -43,7 +42,7 @@ class Plan:
     @property
     def per_prompt(self) -> bool:
         """Whether a prompt chooses for the tokens after it, so that it matters which tokens are prompt."""
-        return any(form.scope == "prompt" for form in self.select.values())
+        return any(form.scope == "prompt" or form.every == 0 for form in self.select.values())
 
     def merge(self, later: Plan) -> Plan:
         """This plan followed by another; a site that both decide in the same way is refused with both recipes."""
@@ -59,7 +58,6 @@ class Plan:
             later,
             weights={**self.weights, **later.weights},
             select={**self.select, **later.select},
-            nets={**self.nets, **later.nets},
             recipe=self.recipe + later.recipe,
             calibration={**self.calibration, **later.calibration},
             base=self.base or later.base,
@@ -109,7 +107,6 @@ class Plan:
             "measurements": self.measurements,
             "weights": {name: encode(form, put, f"weights/{name}") for name, form in self.weights.items()},
             "select": {name: encode(form, put, f"select/{name}") for name, form in self.select.items()},
-            "nets": {name: put(f"nets/{name}", tensor) for name, tensor in self.nets.items()},
         }
         folder = Path(folder)
         write(folder / TENSORS, lambda path: save_file(tensors, path))
@@ -139,7 +136,6 @@ class Plan:
             return cls(
                 weights={name: decode(form, get) for name, form in data["weights"].items()},
                 select={name: decode(form, get) for name, form in data["select"].items()},
-                nets={name: get(key) for name, key in data["nets"].items()},
                 recipe=data["recipe"],
                 calibration=data["calibration"],
                 base=data["base"],

@@ -28,8 +28,8 @@ def reverse(work: Work, visit: Visit, *, taps: bool = False, title: str = "gradi
     """`visit(block, sample, gradients, taps)` for every block and window, the last block first; gives the windows.
 
     `gradients`: by the parameters' names in the model. `taps`: the input x and its gradient ∂ℓ/∂x, [tokens, width] of
-    valid tokens, for every input tensor that a site of the block reads, by the site's `input`. The loss of a window is
-    the mean over its predicted tokens.
+    valid tokens, for every input tensor that a site of the block reads, by the site's `input` (of an FFN without a gate
+    by its `entry` too). The loss of a window is the mean over its predicted tokens.
     """
     model, arch, source = work.model, work.arch, work.source
     work.text("a gradient")
@@ -112,7 +112,10 @@ def _one(block: Block, replays: Replays, i: int, hidden: Tensor, grad: Tensor, v
 
 
 def _watch(block: Block, seen: dict[str, Tensor]) -> list:
-    """Hooks that note the input of every module that a site reads; fused experts' inner tensors are none of them."""
+    """Hooks that note what the sites read: their inputs, and the entries of FFNs without a gate.
+
+    Fused experts' inner tensors are none of them.
+    """
     modules = {f"{block.name}.{name}": module for name, module in block.module.named_modules() if name}
 
     def hook(key: str):
@@ -121,7 +124,8 @@ def _watch(block: Block, seen: dict[str, Tensor]) -> list:
 
         return note
 
-    keys = {site.input for site in block.sites} & modules.keys()
+    plain = {site.entry for site in block.of_kind("ffn") if "gate" not in site.parts}
+    keys = ({site.input for site in block.sites} | plain) & modules.keys()
     return [modules[key].register_forward_pre_hook(hook(key), with_kwargs=True) for key in keys]
 
 

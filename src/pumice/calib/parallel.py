@@ -75,7 +75,7 @@ def agreed(value: object) -> bool:
 def check(methods: Iterable) -> None:
     """Refuse methods that learn from samples: every rank would learn another mask from its part of the text."""
     for one in methods:
-        if world() > 1 and getattr(one, "rows", None):
+        if world() > 1 and (getattr(one, "rows", None) or getattr(one, "learns", False)):
             raise PumiceError(
                 f"{one.name} learns from its samples one after the other, which {world()} processes cannot share. Run "
                 "it without torchrun."

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from pumice import recipe
 from pumice.arch.detect import Arch
@@ -58,6 +61,18 @@ class Work:
         way = recipe.allocation(allocation)
         wanted = self.once(way.name, lambda: way.allocate(self, sparsity))
         return apportion(wanted, {site.name: site.units for site in self.sites}, sparsity)
+
+    def once_tensors(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that `make` gives, as `once`; notes that it makes are not kept."""
+        journal = self.journals(what)
+        if journal is None:
+            return make()
+        path = journal.folder / "tensors.safetensors"
+        with suppress(OSError, SafetensorError):  # damaged, as after a power cut: made again
+            return load_file(path)
+        found = {name: tensor.contiguous() for name, tensor in make().items()}
+        write(path, lambda part: save_file(found, part))
+        return found
 
     def once(self, what: str, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The numbers that `make` gives, made once: a run that was killed afterwards finds them in its journal."""

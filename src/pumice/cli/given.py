@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pumice import recipe, registry
-from pumice.cli.say import note, recipe_name
+from pumice.cli.say import note, print_nets, recipe_name
 from pumice.errors import PumiceError, unknown
 
 
@@ -70,7 +70,10 @@ def open_model(name: str, dtype: str | None = None, device: str = "cpu", *, soun
             f"{name} holds NaN or infinite weights: {sum(bad.values())} in {first}{more}. The file is damaged, or the "
             "model overflowed in training: get a sound copy. `pumice inspect` counts them all."
         )
-    return loaded, Plan.load(loaded.plan) if loaded.plan else None
+    plan = Plan.load(loaded.plan) if loaded.plan else None
+    if plan is not None:
+        print_nets(plan)
+    return loaded, plan
 
 
 def _device(name: str) -> str:

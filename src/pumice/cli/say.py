@@ -47,6 +47,22 @@ def print_notes(plan, most: int = 5) -> None:
         page.print(f"note: {len(notes) - most} more like these in pumice.json")
 
 
+def print_nets(plan) -> None:
+    """What the nets of a plan find, layer by layer, on text that they were not trained on."""
+    nets = {name: form.score for name, form in plan.select.items() if hasattr(form.score, "recall")}
+    if not nets:
+        return
+    note.print("nets that choose, on held-out tokens: recall and precision of the units that matter, ‖y_kept‖/‖y‖")
+    width = max(map(len, nets))
+    for name, net in nets.items():
+        note.print(
+            f"  {name:{width}}  recall {net.recall:.3f}  precision {net.precision:.3f}  output {net.captured:.3f}"
+        )
+    recalls, outputs = ([getattr(net, part) for net in nets.values()] for part in ("recall", "captured"))
+    count = len(nets)
+    note.print(f"  mean recall {sum(recalls) / count:.3f}, least {min(recalls):.3f}; output {sum(outputs) / count:.3f}")
+
+
 def recipe_name(plan) -> str:
     """`wanda 0.5`, `griffin 0.5 + wanda 0.5`: short names for tables."""
     names = []

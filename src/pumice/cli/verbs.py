@@ -9,7 +9,7 @@ from typing import Any
 from pumice import recipe
 from pumice.cli import given, ranks
 from pumice.cli.given import check_exec, check_length, is_plain, open_model, quiet_libraries, refuse_sparse
-from pumice.cli.say import emit, note, page, plain, print_notes, print_rows, recipe_name, sheet, sparse_part
+from pumice.cli.say import emit, note, page, plain, print_nets, print_notes, print_rows, recipe_name, sheet, sparse_part
 from pumice.errors import PumiceError
 
 
@@ -21,9 +21,11 @@ def make_plan(loaded, methods: list[Any], text: dict, resume: bool = True):
     source = {**text}
     if "after" in source:
         source["after"] = Plan.load(source["after"])
-    return make(
+    plan = make(
         loaded.model, methods, source.pop("data"), tokenizer=loaded.tokenizer, name=loaded.name, resume=resume, **source
     )
+    print_nets(plan)
+    return plan
 
 
 def sparsify(
@@ -32,6 +34,7 @@ def sparsify(
     from pumice.calib import parallel
     from pumice.calib.sources import check
     from pumice.hub.folder import check_target
+    from pumice.runtime.attach import check_recall
 
     check_target(out)
     check(text["data"])
@@ -44,6 +47,11 @@ def sparsify(
         plan = make_plan(loaded, methods, text, resume)
     if not first:
         return
+    try:
+        check_recall(plan)
+    except PumiceError as error:
+        write_folder(loaded, plan, out)
+        raise PumiceError(f"saved in {out}, but {error}") from error
     rows = side_by_side(loaded, {recipe_name(plan): plan}, text) if measure else []
     plan = replace(plan, measurements={**plan.measurements, "rows": [plain(row.summary()) for row in rows]})
     write_folder(loaded, plan, out)

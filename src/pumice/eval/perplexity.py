@@ -46,7 +46,7 @@ def perplexity(
     if prompt is not None and not 0 < prompt < length:
         raise PumiceError(f"prompt is a number of tokens inside the window of {length}; got {prompt}.")
     runtime = getattr(model, "pumice", None)
-    if prompt is None and runtime is not None and runtime.remembers:
+    if prompt is None and runtime is not None and runtime.plan.per_prompt:
         raise PumiceError(f"this plan selects per prompt: say how many of the window's {length} tokens are the prompt.")
     if not bool(windows.valid.all()):
         raise PumiceError("perplexity is of windows that are text throughout; these hold padding. Cut them anew.")

@@ -108,7 +108,7 @@ def decode_bytes(model: nn.Module) -> tuple[int, int]:
         size = gathered[name] if name in gathered else _read(name, parameter, tables, model, arch)
         total += size
         ffn_total += size if name in ffn else 0
-    return total, ffn_total
+    return total + (runtime.net_bytes if runtime is not None else 0), ffn_total
 
 
 def _gathered(model: nn.Module) -> dict[str, int]:

@@ -10,8 +10,18 @@ Methods return Forms and never see kernels; kernels and the runtime never see me
 from pumice.forms.cuts import Sample, Threshold, TopK
 from pumice.forms.data import collector, decode, encode
 from pumice.forms.mask import Mask
-from pumice.forms.scores import Copied, Magnitude, Projected, PromptNorm, RankFusion, Static, Tokens, Uniform
-from pumice.forms.select import Select, drop
+from pumice.forms.scores import (
+    Copied,
+    Magnitude,
+    Predicted,
+    Projected,
+    PromptNorm,
+    RankFusion,
+    Static,
+    Tokens,
+    Uniform,
+)
+from pumice.forms.select import Select, drop, live_together
 from pumice.forms.slim import Slim
 
 Form = Mask | Slim | Select
@@ -21,6 +31,7 @@ __all__ = [
     "Form",
     "Magnitude",
     "Mask",
+    "Predicted",
     "Projected",
     "PromptNorm",
     "RankFusion",
@@ -36,4 +47,5 @@ __all__ = [
     "decode",
     "drop",
     "encode",
+    "live_together",
 ]

@@ -13,12 +13,26 @@ from pumice.errors import PumiceError
 
 @dataclass(frozen=True, kw_only=True)
 class TopK:
-    """Drop exactly floor(units·sparsity) units, the lowest scores first and the lowest index first on ties."""
+    """Drop exactly floor(units·sparsity) units, the lowest scores first and the lowest index first on ties.
+
+    `across`: over all sites together that one net scores, of which each keeps its `least` best whatever they score.
+    """
 
     sparsity: float
+    across: bool = False
+    least: int = 0
 
     def keep(self, score: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return drop_lowest(score, removed(score.shape[-1], self.sparsity))
+
+    def keep_across(self, scores: list[Tensor]) -> list[Tensor]:
+        """Scores [..., units] of several sites -> their live units; of sites without enough the `least` best stay."""
+        sizes = [score.shape[-1] for score in scores]
+        steady = [~drop_lowest(score, max(score.shape[-1] - self.least, 0)) for score in scores] if self.least else None
+        ranked = torch.cat(scores, dim=-1)
+        if steady is not None:
+            ranked = ranked.masked_fill(~torch.cat(steady, dim=-1), torch.inf)
+        return list(self.keep(ranked).split(sizes, dim=-1))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,19 +7,28 @@ from torch import Tensor
 from pumice.errors import PumiceError
 from pumice.forms.cuts import Sample, Threshold, TopK
 from pumice.forms.mask import Mask
-from pumice.forms.scores import Copied, Magnitude, Projected, PromptNorm, RankFusion, Static, Uniform
+from pumice.forms.scores import Copied, Magnitude, Predicted, Projected, PromptNorm, RankFusion, Static, Uniform
 from pumice.forms.select import Select
 from pumice.forms.slim import Slim
 
-SCORES = (PromptNorm, Static, RankFusion, Uniform, Magnitude, Projected, Copied)
+SCORES = (PromptNorm, Static, RankFusion, Uniform, Magnitude, Projected, Predicted, Copied)
 TYPES = {t.__name__: t for t in (Mask, Slim, Select, *SCORES, TopK, Sample, Threshold)}
 
 
 def collector(tensors: dict[str, Tensor]):
-    """A `put` for `encode` that fills `tensors` as safetensors wants them: contiguous, and no two in one memory."""
+    """A `put` for `encode` that fills `tensors` as safetensors wants them: contiguous, and no two in one memory.
+
+    A tensor that several forms share is put once.
+    """
     held: set[int] = set()
+    keys: dict[int, str] = {}
+    shared: list[Tensor] = []  # so that no other gets the address of one that is gone
 
     def put(key: str, tensor: Tensor) -> str:
+        if id(tensor) in keys:
+            return keys[id(tensor)]
+        keys[id(tensor)] = key
+        shared.append(tensor)
         tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
         tensors[key] = tensor.clone() if place in held else tensor

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pumice.arch.activations import ACTIVATIONS
@@ -115,6 +116,48 @@ class Projected:
         z = tokens.parts[self.role]().float()
         size = (ACTIVATIONS[self.activation](z) if self.activation else z).abs()
         return size if self.weight is None else size * self.weight.to(size)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Predicted:
+    """s = second·act(first·x + bias) + offset: a small net, trained to say what units are worth before they run.
+
+    x is what the site's units are made from (DejaVu, arXiv:2310.17157), or what enters the matrix that reads the units
+    of another site, `source`, earlier in the model: then the sites that share `first` are one net (ShadowLLM,
+    arXiv:2406.16635). `scaled`: x is brought to [0, 1] by its own least and largest entry.
+    """
+
+    first: Tensor  # [rank, d]
+    second: Tensor  # [groups, rank]
+    bias: Tensor | None = None  # [rank]
+    offset: Tensor | None = None  # [groups]
+    activation: str = ""
+    group: int = 1  # neighbouring units that share a score
+    source: str = ""
+    scaled: bool = False
+    recall: float = 1.0  # of the units that matter, the share that it keeps, on held-out tokens
+    precision: float = 1.0  # of the units that it keeps, the share that matters
+    captured: float = 1.0  # mean ‖y_kept‖/‖y‖ of what the units give
+    least: float = 0.0  # a lower recall is not run
+    known = "before"
+
+    def of_tokens(self, tokens: Tokens) -> Tensor:
+        """[..., groups]"""
+        return F.linear(self.hidden(tokens.x()), self.second, self.offset)
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """[..., d] -> [..., rank], in the net's dtype."""
+        if self.scaled:
+            low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+            x = (x - low) / (high - low).clamp_min(1e-12)
+        z = F.linear(x.to(self.first.dtype), self.first, self.bias)
+        return ACTIVATIONS[self.activation](z) if self.activation else z
+
+    @property
+    def bytes(self) -> int:
+        """Of what a token reads, the part that a net of several sites shares left out."""
+        own = (self.second, self.offset) if self.source else (self.first, self.bias, self.second, self.offset)
+        return sum(tensor.numel() * tensor.element_size() for tensor in own if tensor is not None)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,7 +16,17 @@ from torch import Tensor
 from pumice.budget import removed
 from pumice.errors import PumiceError
 from pumice.forms.cuts import Sample, Threshold, TopK
-from pumice.forms.scores import Copied, Magnitude, Projected, PromptNorm, RankFusion, Static, Tokens, Uniform
+from pumice.forms.scores import (
+    Copied,
+    Magnitude,
+    Predicted,
+    Projected,
+    PromptNorm,
+    RankFusion,
+    Static,
+    Tokens,
+    Uniform,
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -24,15 +34,17 @@ class Select:
     """Units of one site chosen while the model runs.
 
     `batch`, of scope `prompt`: every sequence has its own set, or there is one from Σ_b s_b/√S_b, S_b the prompt's
-    length. `first`, of scope `token`: so many tokens at the start of a sequence stay dense (attention sinks).
+    length. Of scope `token`: `first` tokens at the start of a sequence stay dense (attention sinks); where another site
+    tells (`score.source`), what it tells holds for `every` tokens, counted from the prompt's end, or 0: for all.
     """
 
-    score: PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected | Copied
+    score: PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected | Predicted | Copied
     cut: TopK | Sample | Threshold
     units: int
     scope: Literal["prompt", "token"] = "prompt"
     batch: Literal["sequence", "shared"] = "sequence"
     first: int = 0
+    every: int = 1
     weights: int = 1  # of one unit, so that the sparsities of sites of several kinds add up
 
     def __post_init__(self) -> None:
@@ -40,16 +52,32 @@ class Select:
             raise PumiceError(f"{type(self.score).__name__} is no score of scope {self.scope}.")
         if self.scope == "prompt" and isinstance(self.cut, Threshold):
             raise PumiceError("a Threshold is a cut of scope token; a prompt chooses a number of units.")
+        if isinstance(self.score, Predicted) and len(self.score.second) * self.score.group != self.units:
+            raise PumiceError(
+                f"a net scores {len(self.score.second)} groups of {self.score.group}, not {self.units} units."
+            )
+        if (self.every != 1 or getattr(self.cut, "across", False)) and not getattr(self.score, "source", ""):
+            raise PumiceError("what holds for several tokens or ranks several sites comes from a net that they share.")
 
     @property
     def sparsity(self) -> float:
         if isinstance(self.cut, Threshold):
             return self.cut.sparsity
-        return removed(self.units, self.cut.sparsity) / self.units
+        ranked = self.units // self.group
+        return removed(ranked, self.cut.sparsity) / ranked
+
+    @property
+    def group(self) -> int:
+        """Neighbouring units that are chosen together."""
+        return getattr(self.score, "group", 1)
 
     def live_of(self, tokens: Tokens) -> Tensor:
         """Scope `token`: the live units of every token, bool [..., units]."""
-        return self.cut.keep(self.score.of_tokens(tokens))
+        return self.spread(self.cut.keep(self.score.of_tokens(tokens)))
+
+    def spread(self, live: Tensor) -> Tensor:
+        """Live groups -> live units."""
+        return live if self.group == 1 else live.repeat_interleave(self.group, dim=-1)
 
     def statistic(self, activations: Tensor, counts: Tensor) -> Tensor:
         """Σ_t (z_tj/(‖z_t‖+ε))² over the counted tokens, fp32: [B, T, units·width], [B, T] -> [B, units]."""
@@ -75,6 +103,18 @@ class Select:
         """Exact result of one pass in which `counts` [B, T] feed the statistic and `sparse` [B, T] run sparse."""
         live = self.choose(self.statistic(activations, counts), counts.sum(1), name)
         return drop(activations, live, sparse)
+
+
+def live_together(forms: dict[str, Select], x: Tensor) -> dict[str, Tensor]:
+    """The live units that one net chooses at several sites, bool [..., units] by site, of the source's x [..., d]."""
+    tokens = Tokens(x=lambda: x)
+    scores = {name: form.score.of_tokens(tokens) for name, form in forms.items()}
+    cut = next(iter(forms.values())).cut
+    if getattr(cut, "across", False):
+        live = dict(zip(scores, cut.keep_across(list(scores.values())), strict=True))
+    else:
+        live = {name: forms[name].cut.keep(score) for name, score in scores.items()}
+    return {name: forms[name].spread(groups) for name, groups in live.items()}
 
 
 def drop(activations: Tensor, live: Tensor, sparse: Tensor) -> Tensor:

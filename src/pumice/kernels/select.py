@@ -22,6 +22,8 @@ from pumice.kernels.pack import pack
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
 from pumice.store import Store
 
+Net = tuple[tuple[int, int], ...]  # [out, in] of the matrices that one site pays for
+
 SPREAD = 96 << 20  # bytes that the timed matrices cover together, so that no cache holds them between two calls
 
 
@@ -55,17 +57,16 @@ def columns_pay(out: int, units: int, percent: int, rows: int, dtype: torch.dtyp
 
 
 @cache
-def neurons_pay(
-    d: int, units: int, out: int, matrices: int, copied: bool, percent: int, rows: int, dtype: torch.dtype
-) -> bool:
+def neurons_pay(d: int, units: int, out: int, matrices: int, told: str | Net, percent: int, rows: int,
+                dtype: torch.dtype) -> bool:  # fmt: skip
     """Whether an FFN that reads about `percent` % of its neurons is faster than the dense one.
 
-    Which ones is told by its first matrix, read whole, or by 4-bit copies (`copied`).
+    Which ones is told by its `first` matrix, read whole, by 4-bit `copies`, or by a net.
     """
     if percent >= 100:
         return False
-    key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{d}x{units}x{out}:{percent}%x{matrices}{'c' * copied}/rows{rows}"
-    return measured(key, lambda: _time_neurons(d, units, out, matrices, copied, percent, rows, dtype))["speedup"] > 1.0
+    key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{d}x{units}x{out}:{percent}%x{matrices} {told}/rows{rows}"
+    return measured(key, lambda: _time_neurons(d, units, out, matrices, told, percent, rows, dtype))["speedup"] > 1.0
 
 
 def percent(density: float) -> int:
@@ -141,24 +142,40 @@ def _time_columns(out, units, percent, rows, dtype) -> dict:
     return _compared(dense, [SkipColumns(matrix, None, 0.0) for matrix in columns], x, "skip_us")
 
 
-def _time_neurons(d, units, out, matrices, copied, percent, rows, dtype) -> dict:
+def _time_neurons(d, units, out, matrices, told, percent, rows, dtype) -> dict:
     copies = max(2, min(64, SPREAD // (d * units * matrices * dtype.itemsize)))
     x = torch.randn(rows, d).to(dtype)
     dense, sparse = [], []
     for _ in range(copies):
         first, second = (torch.randn(units, d).to(dtype) for _ in range(2))
         columns = torch.randn(units, out).to(dtype)
-        told = [first, second][: matrices - 1]
-        near = [Store.rounded(matrix, "int4") for matrix in told] if copied else []
+        near = [Store.rounded(matrix, "int4") for matrix in [first, second][: matrices - 1]] * (told == "copies")
         score = F.linear(x, first).float()
-        score = (score * F.linear(x, second).float() if copied and matrices > 2 else score).abs().flatten()
+        score = (score * F.linear(x, second).float() if near and matrices > 2 else score).abs().flatten()
         tau = score.kthvalue(max(1, round(score.numel() * (1 - percent / 100)))).values.item()
-        sparse.append(SkipNeurons(Rows(weight=first), Rows(weight=second) if matrices > 2 else None, columns, None,
-                                  activation="", tau=tau, scored=False, near=near))  # fmt: skip
+        product = SkipNeurons(Rows(weight=first), Rows(weight=second) if matrices > 2 else None, columns, None,
+                              activation="", tau=tau, scored=False, near=near)  # fmt: skip
+        sparse.append(_after_net(product, told, units, percent, rows) if isinstance(told, tuple) else product)
         dense.append(
             partial(_plain_ffn, first=first, second=second if matrices > 2 else None, down=columns.T.contiguous())
         )
     return _compared(dense, sparse, x, "skip_us")
+
+
+def _after_net(product: SkipNeurons, net: Net, units: int, percent: int, rows: int) -> Callable:
+    """The product of the groups of units that a net of these matrices scores, with the net."""
+    layers = [torch.randn(shape) for shape in net]
+    hidden = torch.randn(rows, net[0][1])
+    live = torch.rand(rows, net[-1][0]) * 100 < percent
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        z = x.float() if hidden.shape[1] == x.shape[1] else hidden  # another site reads x for all
+        for layer in layers:
+            z = F.linear(z, layer)
+        chosen = live & (z == z)
+        return product(x, chosen.repeat_interleave(units // live.shape[1], dim=-1))
+
+    return run
 
 
 def _plain_ffn(x: torch.Tensor, first: torch.Tensor, second: torch.Tensor | None, down: torch.Tensor) -> torch.Tensor:

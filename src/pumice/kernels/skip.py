@@ -2,7 +2,8 @@
 
 SkipColumns   y = W (x ⊙ live) + b           live: score(x) > τ; the other columns of W are not read
 SkipNeurons   y = down (a ⊙ live) + b        a = act(gate x) ⊙ up x; live by the first of the two; of the dead
-                                             neurons the rows of the second and the columns of down are not read
+                                             neurons the rows of the second and the columns of down are not read; or
+                                             live as it is said, then none of their rows is
 """
 
 from __future__ import annotations
@@ -37,21 +38,29 @@ class _Skip:
     """What both products share: the tensors that a C struct points into, and the call."""
 
     def __init__(self, units: Units, tensors: list[Tensor | None], out: int, dtype: torch.dtype, isa: Isa | None):
-        self._tensors, self._units, self.out, self.dtype = tensors, units, out, dtype
+        self._tensors, self._units, self.out, self.dtype, self.units = tensors, units, out, dtype, units.down.out
         loaded = library()
         self._avx = int(loaded.pumice_has_avx2() if isa is None else isa == "avx2")
         self._call, self._read = loaded.pumice_skip, (ctypes.c_int64 * 2)()
         self._address, self._counts = ctypes.addressof(units), ctypes.addressof(self._read)
         self._io = KINDS[_STORED[dtype]]
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out], at most 8 rows; `union` and `live` then say what was read."""
+    def __call__(self, x: Tensor, live: Tensor | None = None) -> Tensor:
+        """[..., in] -> [..., out], at most 8 rows; `union` and `live` then say what was read.
+
+        `live`, bool [..., units]: the units that each row has, in place of what their scores say.
+        """
         x = x.contiguous()
+        if live is not None:
+            live = live.contiguous()
+            if live.dtype is not torch.bool or live.shape != (*x.shape[:-1], self.units):
+                raise PumiceError(f"the live units of {tuple(x.shape)} are bool with {self.units} for each row.")
         y = x.new_empty((*x.shape[:-1], self.out))
         rows = x.numel() // x.shape[-1]
         if rows > MAX_ROWS or x.dtype is not self.dtype:
             raise PumiceError(f"this kernel takes up to {MAX_ROWS} rows of {self.dtype}; got {rows} of {x.dtype}.")
-        if self._call(self._address, x.data_ptr(), y.data_ptr(), rows, self._io, self._avx, self._counts):
+        given = None if live is None else live.data_ptr()
+        if self._call(self._address, x.data_ptr(), given, y.data_ptr(), rows, self._io, self._avx, self._counts):
             raise PumiceError("the CPU kernels found no memory for their input. Free some.")
         return y
 

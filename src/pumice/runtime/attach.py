@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from pumice.arch.detect import Arch, detect
 from pumice.errors import PumiceError
-from pumice.forms import Mask, Select, Slim, Static, Uniform
+from pumice.forms import Mask, Predicted, Select, Slim, Static, Uniform
 from pumice.plan import Plan, fingerprint_model, slims_of
 from pumice.runtime.live import Exec, Runtime, generate
 from pumice.runtime.modules import Selection, point_of, splice_experts, splice_select
 from pumice.runtime.packed import install_packed, is_packed, unpack
+from pumice.runtime.shared import shared_nets, splice_shared
 from pumice.runtime.slim import install_slims
 from pumice.runtime.state import NAMES
 from pumice.runtime.token import TokenSelection, check_overlap, check_token, splice_token
@@ -35,6 +36,7 @@ def attach(model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measur
     plan = without_slims(model, plan)
     if check:
         check_base(model, plan)
+        check_recall(plan)
     twin = copy_tree(model)
     unpack(twin)
     _install(twin, Runtime(plan=plan, arch=arch, exec=exec, kernels=kernels))
@@ -51,6 +53,7 @@ def applied(
     plan = without_slims(model, plan)
     if check:
         check_base(model, plan)
+        check_recall(plan)
     before = [(module, tables(module)) for module in model.modules()]
     ours = {name: model.__dict__[name] for name in ("generate", "pumice") if name in model.__dict__}
     runtime = Runtime(plan=plan, arch=arch, exec=exec, kernels=kernels)
@@ -69,7 +72,8 @@ def applied(
 
 def _install(model: nn.Module, runtime: Runtime) -> None:
     plan, arch = runtime.plan, runtime.arch
-    sites = {name: replace(_site(arch, name), root=model) for name in (*plan.weights, *plan.select)}
+    named = (*plan.weights, *plan.select, *(form.score.source for form in told_by_others(plan)))
+    sites = {name: replace(_site(arch, name), root=model) for name in named}
     masks = {name: form for name, form in plan.weights.items() if isinstance(form, Mask)}
     write_masks(model, {name: sites[name] for name in masks}, masks)
     runtime.slim |= install_slims(model, sites, slims_of(plan))
@@ -96,6 +100,9 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
         else:
             splice = splice_token if form.scope == "token" else splice_select
             exchange(model, splice(selection, model.get_submodule))
+    for net in shared_nets(plan.select, sites, runtime):  # last: it reads what enters a matrix, whatever runs that
+        runtime.nets.append(net)
+        exchange(model, splice_shared(net, model.get_submodule))
     for module, selections in fused.items():
         neurons = {point_of(s.site): s for s in selections.values() if s.site.expert is not None}
         whole = next((s for s in selections.values() if s.site.kind == "experts"), None)
@@ -112,6 +119,11 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
         model.__dict__["generate"] = functools.partial(generate, model, runtime)
     runtime.arch = rerooted(arch, model)  # holding the model that it was made of would hold its weights
     model.__dict__["pumice"] = runtime
+
+
+def told_by_others(plan: Plan) -> list[Select]:
+    """Selects of one site that a net at another decides."""
+    return [form for form in plan.select.values() if getattr(form.score, "source", "")]
 
 
 def rerooted(arch: Arch, model: nn.Module) -> Arch:
@@ -208,4 +220,18 @@ def check_base(model: nn.Module, plan: Plan) -> None:
             f"this plan was made for {plan.base.get('name', 'another model')} with weights "
             f"{plan.base.get('fingerprint', '?')}, but the model's weights are {found}. "
             "Load that model, or make the plan again for this one."
+        )
+
+
+def check_recall(plan: Plan) -> None:
+    """Refuse nets that find too few of the units that matter."""
+    nets = {name: form.score for name, form in plan.select.items() if isinstance(form.score, Predicted)}
+    poor = [name for name, net in nets.items() if net.recall < net.least]
+    if poor:
+        worst = min(poor, key=lambda name: nets[name].recall)
+        found, asked = (f"{100 * share:.0f} %" for share in (nets[worst].recall, nets[worst].least))
+        raise PumiceError(
+            f"the net of {worst} finds {found} of the units that matter on held-out text, and {asked} are asked for "
+            f"({len(poor)} of {len(nets)} sites are below). Train it on more text or make it larger, lower the "
+            "sparsity, or run it all the same: make the plan with recall=0."
         )

@@ -20,6 +20,7 @@ from pumice.kernels.gather import Gathered
 from pumice.plan import Plan
 from pumice.runtime.modules import Selection
 from pumice.runtime.packed import PackedForward
+from pumice.runtime.shared import SharedNet
 from pumice.runtime.state import State, cache_given, cache_in, follow, past_length, state_of
 from pumice.runtime.step import Step, make_step
 from pumice.runtime.token import TokenSelection
@@ -42,6 +43,7 @@ class Runtime:
     prompt_mask: Tensor | None = None  # [B, P], of a generate call whose forwards see no 2-D mask
     selections: dict[str, Selection | TokenSelection] = field(default_factory=dict)
     slim: dict[str, Gathered] = field(default_factory=dict)  # matrices of FFNs that have only some neurons, by module
+    nets: list[SharedNet] = field(default_factory=list)
     packed: dict[str, PackedForward] = field(default_factory=dict)  # masked matrices with a packed form, by parameter
     dense: dict[str, str] = field(default_factory=dict)  # masked sites that have none, and why
     key: int = field(default_factory=lambda: next(_keys))  # under which a cache holds this runtime's state
@@ -59,12 +61,12 @@ class Runtime:
     @property
     def remembers(self) -> bool:
         """Whether something that was chosen outlives a forward, and so has to follow the cache."""
-        return self.plan.per_prompt
+        return any(form.scope == "prompt" or form.every != 1 for form in self.plan.select.values())
 
     @property
     def counts_tokens(self) -> bool:
         """Whether it matters how many tokens of a sequence came before."""
-        return any(form.first for form in self.plan.select.values())
+        return any(form.first or form.every != 1 for form in self.plan.select.values())
 
     @property
     def current(self) -> Step:
@@ -98,6 +100,13 @@ class Runtime:
         chosen = (selection.gathered for selection in self.selections.values() if isinstance(selection, Selection))
         return functools.reduce(dict.__or__, chosen, self.slim)
 
+    @property
+    def net_bytes(self) -> int:
+        """Of the nets that tell what runs: every token reads them."""
+        return sum(net.bytes for net in self.nets) + sum(
+            getattr(f.score, "bytes", 0) for f in self.plan.select.values()
+        )
+
     # ---- hooks of the whole model -----------------------------------------------------------------------------------
 
     def before(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -115,7 +124,7 @@ class Runtime:
         valid, before = self._valid(given.get("attention_mask"), batch, new, past, tokens.device)
         state = self._state(cache, past) if self.remembers else State()
         self.step = make_step(valid, past, self.border, state, before)
-        if self.step.any_stat:
+        if self.step.any_stat and any(form.scope == "prompt" for form in self.plan.select.values()):
             end = past + new if self.border is None else min(past + new, int(torch.as_tensor(self.border).max()))
             state.prompt = max(state.prompt, end)
         state.seen = past + new

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Copied, Magnitude, Projected, Select, Threshold
+from pumice.forms import Copied, Magnitude, Predicted, Projected, Select, Threshold
 from pumice.kernels.cpu.library import library
-from pumice.kernels.select import bucket, columns_pay, neurons_pay, percent
+from pumice.kernels.select import Net, bucket, columns_pay, neurons_pay, percent
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
 from pumice.runtime.guard import SMALLEST, Unchanged, plain
 from pumice.sites import Site, owner
@@ -35,7 +35,8 @@ class Skipping:
     product: SkipColumns | SkipNeurons
     unchanged: Unchanged
     pays: Callable[[int], bool]  # whether it was timed faster for so many rows
-    scores: bool  # it applies the threshold itself; otherwise it is given activations with their zeros
+    scores: bool  # it knows or is told what is live; otherwise it is given activations with their zeros
+    told: bool = False  # by a net: the live units are given to it
 
     def can(self, x: Tensor) -> bool:
         rows = x.numel() // x.shape[-1]
@@ -47,7 +48,10 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
     site, form = selection.site, selection.form
     modules = {part.module: get(part.module) for part in site.parts.values()}
     out = site.matrix(site.out_role)
-    if not isinstance(form.cut, Threshold) or site.expert is not None or site.kind not in ("linear", "ffn"):
+    told = isinstance(form.score, Predicted)
+    if not (told or isinstance(form.cut, Threshold)) or site.expert is not None or site.kind == "experts":
+        return None
+    if site.kind == "heads" and not told:  # a head's norm is no column's
         return None
     if (
         out.dtype not in (torch.float32, torch.bfloat16)
@@ -70,7 +74,9 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
 
 
 def _tells(site: Site, score) -> bool:
-    """Whether the kernel knows a score: it has one activation, that of the FFN."""
+    """Whether the kernel knows a score, or is told what is live: it has one activation, that of the FFN."""
+    if isinstance(score, Predicted):
+        return bool(site.activation)
     if isinstance(score, Copied):
         return score.activation == site.activation and score.gated == ("gate" in site.parts)
     if not isinstance(score, Projected):
@@ -93,11 +99,13 @@ def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bo
 
 
 def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, always: bool) -> Skipping | None:
-    score, units, copied = form.score, torch.arange(site.units), isinstance(form.score, Copied)
-    tells = site.in_roles[0] if copied else score.role
+    score, units = form.score, torch.arange(site.units)
+    copied, told = isinstance(score, Copied), isinstance(score, Predicted)
+    tells = site.in_roles[0] if copied or told else score.role
     down = site.matrix("down")
     shape, dtype = (site.matrix(tells).shape[1], site.units, down.shape[0]), down.dtype
-    known = (len(site.parts), copied, percent(1 - form.sparsity))
+    by = "copies" if copied else _net(score) if told else "first"
+    known = (len(site.parts), by, percent(1 - form.sparsity))
     pays = _yes if always else cache(lambda n: neurons_pay(*shape, *known, bucket(n), dtype))
     if not pays(1):
         return None
@@ -117,13 +125,18 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
         columns,
         getattr(modules[site.parts["down"].module], "bias", None),
         activation=site.activation,
-        tau=form.cut.tau,
-        weight=score.weight,
-        scored=bool(score.activation),
+        tau=0.0 if told else form.cut.tau,
+        weight=None if told else score.weight,
+        scored=told or bool(score.activation),
         first_is_gate=tells == "gate" or other is None,
         near=[copy(role).store for role in site.in_roles] if copied else (),
     )
-    return Skipping(site.whole, True, product, Unchanged(modules.values()), pays, True)
+    return Skipping(site.whole, True, product, Unchanged(modules.values()), pays, True, told)
+
+
+def _net(score: Predicted) -> Net:
+    """The matrices of a net that the site pays for."""
+    return tuple(tuple(matrix.shape) for matrix in ((score.second,) if score.source else (score.first, score.second)))
 
 
 def _laid_out(site: Site, module: nn.Module) -> Tensor:

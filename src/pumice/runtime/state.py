@@ -31,20 +31,39 @@ class SiteState:
 
 
 @dataclass
+class Decision:
+    """What a net read when it last chose for tokens to come. Tokens of a row are numbered from 1, padding left out."""
+
+    x: Tensor  # [B, d]
+    number: Tensor  # int64 [B], of the token that told
+    start: Tensor  # int64 [B], of the last prompt token
+    position: int  # in the cache, of the last token that told in any row
+    live: dict[str, Tensor] | None = None  # bool [B, 1, units] by site, as it was chosen from x
+
+
+@dataclass
 class State:
     """All sites' states of one batch of sequences, and how many positions they have seen."""
 
     seen: int = 0
     prompt: int = 0  # positions that were prompt
     sites: dict[str, SiteState] = field(default_factory=dict)
+    decisions: dict[int, Decision] = field(default_factory=dict)  # by the net's number in its runtime
 
     def rows(self, pick: Callable[[Tensor], Tensor]) -> None:
         for site in self.sites.values():
             site.statistic, site.count = pick(site.statistic), pick(site.count)
             if site.live is not None:
                 site.take(pick(site.live))
+        for made in self.decisions.values():
+            made.x, made.number, made.start, made.live = pick(made.x), pick(made.number), pick(made.start), None
 
     def crop(self, length: int) -> None:
+        if any(length <= made.position for made in self.decisions.values()):
+            raise PumiceError(
+                f"the cache was cut to {length} positions, before the token that chose the units for those that "
+                "follow. Start a new cache, or let every token choose (every=1)."
+            )
         if length < self.prompt:
             raise PumiceError(
                 f"the cache was cut to {length} positions, inside the prompt of {self.prompt} that chose the units: "
@@ -55,6 +74,7 @@ class State:
     def reset(self) -> None:
         self.seen = self.prompt = 0
         self.sites.clear()
+        self.decisions.clear()
 
 
 class Following:

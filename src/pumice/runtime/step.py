@@ -23,6 +23,8 @@ class Step:
     state: State
     open: Tensor | None = None  # bool [B, T]: where tokens may choose for themselves; None: everywhere
     before: int | Tensor = 0  # real tokens before these, of all rows or of each [B]
+    past: int = 0  # positions before these
+    live: dict[str, Tensor] = field(default_factory=dict)  # by site: what a shared net chose, bool [B, T or 1, units]
     _tokens: dict[int, Tensor | None] = field(default_factory=dict)
 
     @property
@@ -77,4 +79,5 @@ def make_step(
         state=state,
         open=None if border is None or all_sparse else sparse,
         before=past if before is None else before,
+        past=past,
     )

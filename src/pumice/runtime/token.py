@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Copied, Magnitude, Mask, Select, Tokens, drop
+from pumice.forms import Copied, Magnitude, Mask, Predicted, Select, Tokens, drop
 from pumice.kernels.near import Near
 from pumice.runtime.counters import Counter
 from pumice.runtime.skip import Skipping, skipping
@@ -56,21 +56,31 @@ class TokenSelection:
         self.skipped = self.skip.can(x)
         return self.skipped
 
+    def live(self, tokens: Callable[[], Tokens]) -> Tensor:
+        """The live units of every token, bool [B, T, units]: by what the site knows, or as another site has told."""
+        if not getattr(self.form.score, "source", ""):
+            return self.form.live_of(tokens())
+        told = self.runtime.current.live
+        if self.site.name not in told:
+            raise PumiceError(f"{self.site.name} ran before {self.form.score.source}, which tells what runs there.")
+        return told[self.site.name]
+
     def run(self, x: Tensor) -> Tensor:
         """The kernel's output for x."""
-        y = self.skip.product(x)
+        live = self.live(lambda: Tokens(x=lambda: x)) if self.skip.told else None
+        y = self.skip.product(x, live)
         self.calls += 1
         self.units_read += self.skip.product.union
         if self.runtime.counting and self.skip.scores:
             self.counter.fast += x.numel() // x.shape[-1]
-            self.counter.live += self.skip.product.live / self.form.units
+            self.counter.live += self.skip.product.live / self.skip.product.units
         return y
 
     def reads(self) -> dict[str, int]:
         """Bytes of each parameter, copies included, that a call of the kernel read on average; empty without one."""
         if not self.skipped:
             return {}
-        density = self.units_read / (self.calls * self.form.units)
+        density = self.units_read / (self.calls * self.skip.product.units)
         late = {self.site.out_role}
         if self.skip.whole:
             late |= {role for role in self.site.in_roles if role != getattr(self.form.score, "role", "")}
@@ -92,7 +102,7 @@ class TokenSelection:
             self.count(step.valid, sparse, None)
             return a
         rows = a.reshape(*step.shape, -1)
-        live = self.form.live_of(self.tokens(rows))
+        live = self.live(lambda: self.tokens(rows))
         self.count(step.valid, sparse, live)
         everywhere = torch.ones_like(step.valid) if sparse is None else sparse
         return drop(rows, live, everywhere.to(a.device)).reshape(a.shape)
@@ -142,6 +152,15 @@ def check_token(site: Site, form: Select) -> None:
     """Refuse what a site cannot know of its tokens."""
     if site.kind == "experts":
         raise PumiceError(f"{site.name}: the router chooses experts for every token already.")
+    if isinstance(form.score, Predicted) and not form.score.source and site.expert is not None:
+        raise PumiceError(f"{site.name} is a fused expert, to which no net of its own can be asked yet.")
+    if isinstance(form.score, Predicted) and not form.score.source:
+        width = site.matrix(site.in_roles[0]).shape[1]
+        if form.score.first.shape[1] != width:
+            raise PumiceError(
+                f"the net of {site.name} reads {form.score.first.shape[1]} channels, but {width} enter: it was made "
+                "for another model."
+            )
     if isinstance(form.score, Copied) and (site.kind != "ffn" or site.expert is not None):
         raise PumiceError(f"{site.name} has no matrices of its own to copy: Copied is a score of an FFN's neurons.")
     if site.kind == "linear" and not isinstance(form.score, Magnitude):
@@ -209,7 +228,7 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
     skip = selection.skip
     if skip is not None and skip.whole:
         replaced[skip.at] = stand_in = respliced(get(skip.at), standing_in(get(skip.at).forward))
-    if not isinstance(selection.form.score, Magnitude):
+    if not isinstance(selection.form.score, Magnitude) and not getattr(selection.form.score, "source", ""):
         for name in {site.parts[role].module for role in site.in_roles}:
             first = site.parts[site.in_roles[0]].module  # reads what the units are made from, as others may too
             replaced[name] = respliced(get(name), noting(name, get(name).forward, name == first))

@@ -12,7 +12,7 @@ import torch
 
 from pumice.errors import PumiceError
 
-VERSION = 3  # of the interface in api.cpp
+VERSION = 4  # of the interface in api.cpp
 _NAMES = ("libpumice_cpu.so", "libpumice_cpu.dylib", "pumice_cpu.dll")
 
 
@@ -65,7 +65,7 @@ def library() -> ctypes.CDLL:
     if version != VERSION:
         raise PumiceError(f"the CPU kernels in {file} were built from other sources. Install pumice again.")
     loaded.pumice_product.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int)
-    loaded.pumice_skip.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int, c_void_p)
+    loaded.pumice_skip.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int, c_void_p)
     loaded.pumice_threads.argtypes = (c_void_p, c_void_p, c_void_p)
     loaded.pumice_threads(*(_openmp() or (None, None, None)))
     return loaded

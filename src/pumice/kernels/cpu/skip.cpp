@@ -44,6 +44,7 @@ float act(int32_t kind, float z) {
 
 struct Work {
     const Units* u;
+    const uint8_t* given;  // [n, units]: which are live, or null: their scores say it
     Product product;
     Accumulate accumulate;
     Near near;
@@ -64,9 +65,20 @@ struct Work {
         for (int64_t byte = 0; byte < size && byte < 1024; byte += 64) __builtin_prefetch(from + byte);
     }
 
+    // Whether a unit is known before its matrices are read.
+    bool early() const { return given || u->near_first.values; }
+
     bool is_live(float score, int64_t unit) const {
         if (u->weight) score *= u->weight[unit];
         return !(score <= u->tau);
+    }
+
+    // |act(z)·o| or |z|, of which z and o are what the matrices, or their copies, gave; z gets its bias.
+    float size(float& z, float o, int64_t unit) const {
+        if (u->first.bias) z += u->first.bias[unit];
+        float value = u->scored ? act(u->activation, z) : z;
+        if (u->near_second.values) value *= o + (u->second.bias ? u->second.bias[unit] : 0.0f);
+        return std::fabs(value);
     }
 
     // Units [first, last): what they give, and which of them are live.
@@ -76,10 +88,10 @@ struct Work {
         int64_t found = 0, own_found = 0;
         for (int64_t start = first; start < last; start += CHUNK) {
             const int64_t end = start + CHUNK < last ? start + CHUNK : last;
-            if (u->near_first.values) {
+            if (!given && u->near_first.values) {
                 near(u->near_first, rounded, n, a, start, end);
                 if (u->near_second.values) near(u->near_second, rounded, n, other, start, end);
-            } else if (u->first.values) {
+            } else if (!given && u->first.values) {
                 product(u->first, x, n, a, start, end);
             }
             for (int64_t unit = start; unit < end; ++unit) {
@@ -87,10 +99,7 @@ struct Work {
                 for (int r = 0; r < n; ++r) {
                     float& z = a[r * units + unit];
                     float& o = other[r * units + unit];
-                    if (u->first.bias) z += u->first.bias[unit];
-                    float given = u->scored ? act(u->activation, z) : z;
-                    if (u->near_second.values) given *= o + (u->second.bias ? u->second.bias[unit] : 0.0f);
-                    const bool one = is_live(std::fabs(given), unit);
+                    const bool one = given ? given[r * units + unit] : is_live(size(z, o, unit), unit);
                     any |= one;
                     own_found += one;
                     if (u->first.values) o = one;
@@ -110,15 +119,15 @@ struct Work {
         for (int64_t i = first; i < first + found; ++i) {
             const int64_t unit = live[i];
             if (i + 1 < first + found) {  // the rows are far apart, and each is over before the processor sees it coming
-                if (u->near_first.values) fetch(u->first, live[i + 1]);
+                if (early()) fetch(u->first, live[i + 1]);
                 if (u->second.values) fetch(u->second, live[i + 1]);
             }
             float kept[MAX_ROWS], z[MAX_ROWS];
             for (int r = 0; r < n; ++r) kept[r] = other[r * units + unit];
-            if (u->near_first.values) product(u->first, x, n, a, unit, unit + 1);
+            if (early()) product(u->first, x, n, a, unit, unit + 1);
             for (int r = 0; r < n; ++r) {
                 z[r] = a[r * units + unit];
-                if (u->near_first.values && u->first.bias) z[r] += u->first.bias[unit];
+                if (early() && u->first.bias) z[r] += u->first.bias[unit];
             }
             if (u->second.values) product(u->second, x, n, other, unit, unit + 1);
             for (int r = 0; r < n; ++r) {
@@ -201,9 +210,11 @@ void run(Work& w) {
 
 using namespace pumice;
 
-// y [n, out] of x [n, d], both of kind `io` and contiguous, n <= MAX_ROWS. `read`: units whose rows were read (of all
+// y [n, out] of x [n, d], both of kind `io` and contiguous, n <= MAX_ROWS. `live_units` [n, units] says which are live, or
+// null: their scores say it. `read`: units whose rows were read (of all
 // rows of x together), and the sum over rows of x of the units that are live for it. 0: done; 1: no memory.
-PUBLIC int pumice_skip(const Units* u, const void* x, void* y, int64_t n, int io, int avx, int64_t* read) {
+PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units, void* y, int64_t n, int io, int avx,
+                       int64_t* read) {
     static thread_local Scratch wide, given, others, sums, lists, bytes, steps;
     Product product = portable;
     Accumulate accumulate = portable_accumulate;
@@ -221,14 +232,14 @@ PUBLIC int pumice_skip(const Units* u, const void* x, void* y, int64_t n, int io
     if (!a || !other || !total || !live || !columns) return 1;
     widen(x, io, n, d, u->first.values ? padded(u->first) : units, columns);
     Rounded rounded{nullptr, nullptr};
-    if (u->near_first.values) {
+    if (!live_units && u->near_first.values) {
         int8_t* codes = reinterpret_cast<int8_t*>(bytes.of(n * padded(u->first)));
         float* scales = steps.of(n * groups(u->first));
         if (!codes || !scales) return 1;
         round(columns, n, padded(u->first), codes, scales);
         rounded = {codes, scales};
     }
-    Work w{u, product, accumulate, near, columns, rounded, a, other, live, counts, total, int(n), 0, 0};
+    Work w{u, live_units, product, accumulate, near, columns, rounded, a, other, live, counts, total, int(n), 0, 0};
     run(w);
     for (int64_t r = 0; r < n; ++r)
         for (int64_t j = 0; j < out; ++j) {
