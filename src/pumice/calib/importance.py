@@ -101,7 +101,7 @@ def jacov(s: Spans) -> Tensor:
 def epenas(s: Spans) -> Tensor:
     """Σ over pairs of gold tokens |C_i - C_j|, C_k = Σ log|correlations| of the gradients at token k, five or more."""
     _heads(s, "epenas")
-    found = s.g.new_zeros(s.g.shape[0], s.g.shape[2])
+    found = s.g.new_zeros(s.g.shape[0], s.g.shape[2], dtype=torch.float64)
     for i, gold in enumerate(s.gold):
         tokens, counts = gold.unique(return_counts=True)
         sizes = []
@@ -126,7 +126,8 @@ def _heads(s: Spans, name: str) -> None:
 
 
 def _correlated(rows: Tensor) -> Tensor:
-    """Correlations [.., n, n] among rows [.., n, width]."""
+    """Correlations [.., n, n] among rows [.., n, width], in fp64: more tokens than channels leave eigenvalues of 0."""
+    rows = rows.double()
     rows = rows - rows.mean(-1, keepdim=True)
     rows = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     return rows @ rows.transpose(-1, -2)

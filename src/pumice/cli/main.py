@@ -103,7 +103,7 @@ def sparsify(
         )
 
 
-@app.command(name="eval", short_help="Perplexity, with its error and its protocol.")
+@app.command(name="eval", short_help="Perplexity, or tasks, with errors and the protocol.")
 def evaluate(
     model: Model,
     data: Data = "builtin",
@@ -113,12 +113,22 @@ def evaluate(
     prompt: Annotated[
         int | None, typer.Option(min=1, help="tokens of each window that are prompt; the rest is scored")
     ] = None,
+    tasks: Annotated[str | None, typer.Option(help="tasks of lm-eval in place of perplexity, comma separated")] = None,
+    include: Annotated[str | None, typer.Option(help="a folder with task files of your own")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task")] = None,
+    shots: Annotated[int | None, typer.Option(min=0, help="examples before each question")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="answers of tasks that are scored at once")] = 8,
     dtype: Dtype = None,
     device: Device = "auto",
     exec: Exec = "fast",
     json: Json = False,
 ) -> None:
-    """Perplexity of a dense or sparse model, with its standard error and its protocol."""
+    """Perplexity of a dense or sparse model with its standard error, or its scores on tasks beside those of dense."""
+    if tasks is not None:
+        from pumice.cli.tasks import tasks as score
+
+        run = {"dtype": dtype, "device": device, "execution": exec, "as_json": json}
+        return score(model, tasks, include=include, limit=limit, shots=shots, batch=batch, **run)
     from pumice.cli import verbs
 
     text = {"data": data, "windows": windows, "window": window, "bos": bos}
