@@ -235,3 +235,24 @@ def test_a_mask_saves_no_bytes_and_slim_does():
     assert decode_bytes(pumice.attach(model, pumice.sparsify(model, Magnitude()))) == (dense, ffn)
     slim = Plan(weights={"model.layers.0.mlp": Slim(kept=torch.arange(11), units=F)})
     assert decode_bytes(pumice.attach(model, slim)) == (dense - 4 * 3 * D * 33, ffn - 4 * 3 * D * 33)
+
+
+def test_agreement_is_kl_and_the_share_of_equal_tokens():
+    from pumice.eval.agreement import agreement
+
+    model = tiny("llama")
+    ids = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(5))
+    windows = Windows(ids=ids, valid=torch.ones_like(ids, dtype=torch.bool), protocol={})
+    twin = pumice.attach(model, pumice.sparsify(model, "magnitude"))
+    found = agreement(model, twin, windows)
+    with torch.no_grad():
+        one, other = (m(ids).logits[:, :-1].double() for m in (model, twin))
+    p, q = one.softmax(-1), other.softmax(-1)
+    assert found.kl == pytest.approx((p * (p / q).log()).sum(-1).mean().item(), rel=1e-4)
+    assert found.same == pytest.approx((one.argmax(-1) == other.argmax(-1)).double().mean().item())
+    assert agreement(model, model, windows).kl == pytest.approx(0.0, abs=1e-6)
+    chosen = pumice.attach(model, pumice.sparsify(model, "griffin"))
+    with pytest.raises(PumiceError, match="per prompt"):
+        agreement(model, chosen, windows)
+    behind = agreement(model, chosen, windows, prompt=6)
+    assert behind.kl > 0 and len(behind.kl_windows) == 3

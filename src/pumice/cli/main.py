@@ -113,6 +113,9 @@ def evaluate(
     prompt: Annotated[
         int | None, typer.Option(min=1, help="tokens of each window that are prompt; the rest is scored")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="base, or a dense MODEL: how often both say the same token, and the KL")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="tasks of lm-eval in place of perplexity, comma separated")] = None,
     include: Annotated[str | None, typer.Option(help="a folder with task files of your own")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="documents of each task")] = None,
@@ -132,7 +135,8 @@ def evaluate(
     from pumice.cli import verbs
 
     text = {"data": data, "windows": windows, "window": window, "bos": bos}
-    verbs.evaluate(model, text, prompt=prompt, dtype=dtype, device=device, execution=exec, as_json=json)
+    run = {"dtype": dtype, "device": device, "execution": exec, "as_json": json}
+    verbs.evaluate(model, text, prompt=prompt, against=against, **run)
 
 
 @app.command(context_settings=METHOD_FLAGS, short_help="Speed of dense and sparse, in turn.")

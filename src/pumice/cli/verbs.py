@@ -121,7 +121,9 @@ def side_by_side(loaded, plans: dict, text: dict, *, prompt: int = 64, score: in
     )
 
 
-def evaluate(model: str, text: dict, *, prompt: int | None, dtype, device, execution: str, as_json: bool) -> None:
+def evaluate(
+    model: str, text: dict, *, prompt: int | None, against: str | None, dtype, device, execution: str, as_json: bool
+) -> None:
     from pumice.api import attach
     from pumice.calib.data import tokens
     from pumice.calib.sources import check
@@ -140,16 +142,35 @@ def evaluate(model: str, text: dict, *, prompt: int | None, dtype, device, execu
         prompt = text["window"] // 2
     runner = attach(loaded.model, plan, exec=execution) if plan is not None else loaded.model
     result = perplexity(runner, windows, prompt=prompt)
+    agreed = _agreement(loaded, plan, runner, against, windows, prompt, dtype, device)
     ran = how(runner) if plan is not None else how_alone(loaded.model)
     if as_json:
-        return emit({"model": model, **sparse_part(plan), **result.summary(), "exec": execution, "ran": ran})
+        return emit({"model": model, **sparse_part(plan), **result.summary(), **(agreed.summary() if agreed else {}),
+                     "exec": execution, "ran": ran})  # fmt: skip
     page.print(f"perplexity {number(result.perplexity, result.standard_error)}   ({result.tokens} tokens scored)")
+    if agreed:
+        page.print(f"KL from dense {agreed.kl:.4f} nats; at {agreed.same:.1%} of the positions both say the same token")
     page.print(windows.describe() + f", {result.protocol['dtype']}")
     scored = (
         f"the first {prompt} tokens of each window are prompt, dense; the rest is scored" if prompt else "all scored"
     )
     what = f"{ran}, exec={execution}; {recipe_name(plan)}, sparsity {plan.sparsity():.4f}" if plan is not None else ran
     page.print(f"{scored}; {what}")
+
+
+def _agreement(loaded, plan, runner, against: str | None, windows, prompt, dtype, device):
+    """With the dense model: the folder's own base where no weight was changed, else the one that is named."""
+    from pumice.eval.agreement import agreement
+
+    if against is None:
+        return None
+    if plan is None:
+        raise PumiceError("--against compares a sparse folder with its dense base; this model is dense itself.")
+    dense = loaded
+    if plan.changes_weights or against != "base":
+        dense, other = open_model(plan.base["name"] if against == "base" else against, dtype, device)
+        refuse_sparse(against, other)
+    return agreement(dense.model, runner, windows, prompt=prompt)
 
 
 def bench(
