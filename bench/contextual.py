@@ -11,6 +11,7 @@ their bytes on the calibration text:
     lowbit            1 - s + 2/3 · 4.5/16
     teal, wina        1 - s         on the matrices of the FFN alone
     contribution      as lowbit without its copies: the bound of what a choice among neurons can keep
+    svd               1 - s + its factors, of rank d/8 in every layer
     dejavu            1 - s + its nets, of rank d/8 in every layer
     shadowllm         the same, of the layers after the first, + its net, at the most 2 % of the model's weights
 
@@ -56,6 +57,7 @@ METHODS = {
     "countdown": ("countdown", {}),
     "wina": ("wina", {"where": "*mlp*"}),
     "teal": ("teal", {"where": "*mlp*"}),
+    "svd": ("svd", {}),
     **{name: (method, settings | {"recall": 0.0}) for name, (method, settings) in NETS.items()},
 }
 
@@ -84,6 +86,7 @@ def bytes_of(method: str, model) -> Bytes:
         "countdown": Bytes(1 / 3, 2 / 3),
         "lowbit": Bytes(COPIES),
         "contribution": Bytes(COPIES),
+        "svd": Bytes(d // 8 * (d + 2 * units) * layers / ffn),
         "dejavu": Bytes(d // 8 * (d + units) * layers / ffn),
         "shadowllm": Bytes(net + 1 / layers, 1 - 1 / layers),
     }.get(method, Bytes())

@@ -17,8 +17,12 @@ from pumice.calib.recall import captured, needed_units, overlap
 from pumice.calib.work import Work
 from pumice.errors import PumiceError
 from pumice.forms import Predicted, Select, Threshold, TopK, live_together
+from pumice.kernels import select
+from pumice.kernels.cpu.library import describe
+from pumice.methods.token.contribution import Contribution
 from pumice.methods.token.dejavu import DejaVu
 from pumice.methods.token.shadowllm import ShadowLLM, spearman
+from pumice.methods.token.svd import Svd
 from pumice.plan import Plan
 from test_token import doors, fast, logits, steps
 from tiny import tiny
@@ -270,6 +274,34 @@ def test_a_net_of_its_own_tells_every_layer(family, cut):
     assert not torch.allclose(expected, logits(model), atol=1e-3)
 
 
+@pytest.mark.parametrize("rank", [5, 32])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "opt", "gpt2"])
+def test_factors_tell_as_the_best_matrices_of_their_rank(family, rank):
+    model = tiny(family)
+    plan = made(model, Svd(sparsity=0.4, rank=rank, first=0))
+    sites, entries = detect(model).sites, {}
+    names = {sites[name].entry for name in plan.select}
+    with doors(model, {name: lambda x, name=name: entries.setdefault(name, x) for name in names}):
+        logits(model, CALIBRATION)
+    for name, form in plan.select.items():
+        site, score = sites[name], form.score
+        x = entries[site.entry].reshape(-1, 32).double()
+        weight = torch.cat([site.rows(role) for role in site.in_roles]).double()
+        second = [part for part in (score.gate, score.up) if part is not None]
+        mine = torch.cat(second).double() @ score.first.double()
+        best = torch.linalg.svdvals(x @ weight.T)[rank:].norm()
+        assert ((weight - mine) @ x.T).norm() <= 1.02 * best + 1e-3 * (weight @ x.T).norm()
+    exact = made(model, Contribution(sparsity=0.4, first=0))
+    agree = (
+        logits(pumice.attach(model, plan, exec="reference")),
+        logits(pumice.attach(model, exact, exec="reference")),
+    )
+    if rank == 32:  # the matrices themselves
+        torch.testing.assert_close(*agree, rtol=1e-2, atol=1e-2)
+    else:
+        assert not torch.allclose(*agree, atol=1e-2)
+
+
 def both(one, other):
     return lambda x: other(one(x))
 
@@ -368,7 +400,7 @@ def test_rows_of_a_batch_choose_for_themselves_behind_their_padding(every):
         assert torch.equal(together[row, pad:], alone[0])
 
 
-@pytest.mark.parametrize("method", [dejavu(heads=0.5), shadow(heads=0.5), shadow(every=3), shadow(every=0)])
+@pytest.mark.parametrize("method", [dejavu(heads=0.5), shadow(heads=0.5), shadow(every=3), shadow(every=0), Svd()])
 def test_tokens_that_come_later_change_nothing_before_them(method):
     model = tiny("llama")
     twin = pumice.attach(model, made(model, method), exec="reference")
@@ -379,7 +411,9 @@ def test_tokens_that_come_later_change_nothing_before_them(method):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "phi3", "gpt2", "opt", "gpt_neox"])
-@pytest.mark.parametrize("method", [dejavu(heads=0.5), shadow(heads=0.5), shadow(every=3), shadow(style="layer")])
+@pytest.mark.parametrize(
+    "method", [dejavu(heads=0.5), shadow(heads=0.5), shadow(every=3), shadow(style="layer"), Svd()]
+)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_fast_is_the_reference(family, method, rows):
     model = tiny(family)
@@ -391,7 +425,7 @@ def test_fast_is_the_reference(family, method, rows):
 
 
 @pytest.mark.parametrize("kernel", ["reference", "fast"])
-@pytest.mark.parametrize("method", [dejavu(heads=0.5, first=0), shadow(heads=0.5, first=0)])
+@pytest.mark.parametrize("method", [dejavu(heads=0.5, first=0), shadow(heads=0.5, first=0), Svd()])
 def test_a_net_that_drops_everything_is_felt_at_every_site(method, kernel):
     model = tiny("llama")
     plan, base = made(model, method), logits(model)[:, 9:]
@@ -404,7 +438,7 @@ def test_a_net_that_drops_everything_is_felt_at_every_site(method, kernel):
 # ---- files and errors -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [dejavu(heads=0.5), shadow(heads=0.5, every=3)])
+@pytest.mark.parametrize("method", [dejavu(heads=0.5), shadow(heads=0.5, every=3), Svd()])
 def test_a_plan_comes_back_from_disk(method, tmp_path):
     model = tiny("llama", num_hidden_layers=3)
     plan = made(model, method)
@@ -505,6 +539,13 @@ def test_rank_correlation():
     one = torch.rand(3, 10)
     assert spearman(one, one.exp()) == pytest.approx(1.0)
     assert spearman(one, -one) == pytest.approx(-1.0)
+
+
+@pytest.mark.skipif(describe().startswith("absent"), reason=describe())
+@pytest.mark.parametrize("told", ["first", "copies", ((8, 32), (64, 8)), ((8, 8),), ((4, 32), (64, 4), (64, 4))])
+def test_what_tells_is_timed_too(told):
+    found = select._time_neurons(32, 64, 32, 3, told, 50, 2, torch.float32)
+    assert found["skip_us"] > 0
 
 
 def test_every_criterion_has_a_name_that_the_method_takes():

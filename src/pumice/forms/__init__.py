@@ -12,6 +12,7 @@ from pumice.forms.data import collector, decode, encode
 from pumice.forms.mask import Mask
 from pumice.forms.scores import (
     Copied,
+    Factored,
     Magnitude,
     Predicted,
     Projected,
@@ -28,6 +29,7 @@ Form = Mask | Slim | Select
 
 __all__ = [
     "Copied",
+    "Factored",
     "Form",
     "Magnitude",
     "Mask",

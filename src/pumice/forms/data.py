@@ -7,11 +7,21 @@ from torch import Tensor
 from pumice.errors import PumiceError
 from pumice.forms.cuts import Sample, Threshold, TopK
 from pumice.forms.mask import Mask
-from pumice.forms.scores import Copied, Magnitude, Predicted, Projected, PromptNorm, RankFusion, Static, Uniform
+from pumice.forms.scores import (
+    Copied,
+    Factored,
+    Magnitude,
+    Predicted,
+    Projected,
+    PromptNorm,
+    RankFusion,
+    Static,
+    Uniform,
+)
 from pumice.forms.select import Select
 from pumice.forms.slim import Slim
 
-SCORES = (PromptNorm, Static, RankFusion, Uniform, Magnitude, Projected, Predicted, Copied)
+SCORES = (PromptNorm, Static, RankFusion, Uniform, Magnitude, Projected, Predicted, Factored, Copied)
 TYPES = {t.__name__: t for t in (Mask, Slim, Select, *SCORES, TopK, Sample, Threshold)}
 
 

@@ -154,10 +154,44 @@ class Predicted:
         return ACTIVATIONS[self.activation](z) if self.activation else z
 
     @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """What a token reads for the site alone."""
+        return (self.second,) if self.source else (self.first, self.second)
+
+    @property
     def bytes(self) -> int:
-        """Of what a token reads, the part that a net of several sites shares left out."""
-        own = (self.second, self.offset) if self.source else (self.first, self.bias, self.second, self.offset)
+        """Of what a token reads for the site alone."""
+        own = (*self.matrices, self.offset, None if self.source else self.bias)
         return sum(tensor.numel() * tensor.element_size() for tensor in own if tensor is not None)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Factored:
+    """s_j = w_j·|act(ĝ_j)·û_j|, ĝ and û by low-rank factors of gate and up that share their first: no training."""
+
+    first: Tensor  # [rank, d]
+    up: Tensor  # [units, rank]
+    gate: Tensor | None = None  # [units, rank]
+    up_bias: Tensor | None = None  # [units]
+    gate_bias: Tensor | None = None  # [units]
+    activation: str
+    weight: Tensor  # [units]
+    known = "before"
+
+    def of_tokens(self, tokens: Tokens) -> Tensor:
+        act, h = ACTIVATIONS[self.activation], F.linear(tokens.x().to(self.first.dtype), self.first)
+        up = F.linear(h, self.up, self.up_bias)
+        a = act(up) if self.gate is None else act(F.linear(h, self.gate, self.gate_bias)) * up
+        return a.abs() * self.weight
+
+    @property
+    def matrices(self) -> tuple[Tensor, ...]:
+        """What a token reads."""
+        return tuple(part for part in (self.first, self.up, self.gate) if part is not None)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.matrices)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

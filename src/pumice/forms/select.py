@@ -18,6 +18,7 @@ from pumice.errors import PumiceError
 from pumice.forms.cuts import Sample, Threshold, TopK
 from pumice.forms.scores import (
     Copied,
+    Factored,
     Magnitude,
     Predicted,
     Projected,
@@ -38,7 +39,7 @@ class Select:
     tells (`score.source`), what it tells holds for `every` tokens, counted from the prompt's end, or 0: for all.
     """
 
-    score: PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected | Predicted | Copied
+    score: PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected | Predicted | Factored | Copied
     cut: TopK | Sample | Threshold
     units: int
     scope: Literal["prompt", "token"] = "prompt"

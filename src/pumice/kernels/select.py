@@ -164,15 +164,15 @@ def _time_neurons(d, units, out, matrices, told, percent, rows, dtype) -> dict:
 
 def _after_net(product: SkipNeurons, net: Net, units: int, percent: int, rows: int) -> Callable:
     """The product of the groups of units that a net of these matrices scores, with the net."""
-    layers = [torch.randn(shape) for shape in net]
-    hidden = torch.randn(rows, net[0][1])
+    first, *later = [torch.randn(shape) for shape in net]
+    hidden = torch.randn(rows, net[0][1])  # of a net that another site reads x for
     live = torch.rand(rows, net[-1][0]) * 100 < percent
 
     def run(x: torch.Tensor) -> torch.Tensor:
-        z = x.float() if hidden.shape[1] == x.shape[1] else hidden  # another site reads x for all
-        for layer in layers:
-            z = F.linear(z, layer)
-        chosen = live & (z == z)
+        z = F.linear(x.float() if later else hidden, first)
+        for layer in later:
+            chosen = live & (F.linear(z, layer) == 0).logical_not()
+        chosen = chosen if later else live & (z == 0).logical_not()
         return product(x, chosen.repeat_interleave(units // live.shape[1], dim=-1))
 
     return run

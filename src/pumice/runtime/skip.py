@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Copied, Magnitude, Predicted, Projected, Select, Threshold
+from pumice.forms import Copied, Factored, Magnitude, Predicted, Projected, Select, Threshold
 from pumice.kernels.cpu.library import library
 from pumice.kernels.select import Net, bucket, columns_pay, neurons_pay, percent
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
@@ -48,7 +48,7 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
     site, form = selection.site, selection.form
     modules = {part.module: get(part.module) for part in site.parts.values()}
     out = site.matrix(site.out_role)
-    told = isinstance(form.score, Predicted)
+    told = isinstance(form.score, (Predicted, Factored))
     if not (told or isinstance(form.cut, Threshold)) or site.expert is not None or site.kind == "experts":
         return None
     if site.kind == "heads" and not told:  # a head's norm is no column's
@@ -75,7 +75,7 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
 
 def _tells(site: Site, score) -> bool:
     """Whether the kernel knows a score, or is told what is live: it has one activation, that of the FFN."""
-    if isinstance(score, Predicted):
+    if isinstance(score, (Predicted, Factored)):
         return bool(site.activation)
     if isinstance(score, Copied):
         return score.activation == site.activation and score.gated == ("gate" in site.parts)
@@ -100,7 +100,7 @@ def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bo
 
 def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, always: bool) -> Skipping | None:
     score, units = form.score, torch.arange(site.units)
-    copied, told = isinstance(score, Copied), isinstance(score, Predicted)
+    copied, told = isinstance(score, Copied), isinstance(score, (Predicted, Factored))
     tells = site.in_roles[0] if copied or told else score.role
     down = site.matrix("down")
     shape, dtype = (site.matrix(tells).shape[1], site.units, down.shape[0]), down.dtype
@@ -134,9 +134,9 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
     return Skipping(site.whole, True, product, Unchanged(modules.values()), pays, True, told)
 
 
-def _net(score: Predicted) -> Net:
+def _net(score: Predicted | Factored) -> Net:
     """The matrices of a net that the site pays for."""
-    return tuple(tuple(matrix.shape) for matrix in ((score.second,) if score.source else (score.first, score.second)))
+    return tuple(tuple(matrix.shape) for matrix in score.matrices)
 
 
 def _laid_out(site: Site, module: nn.Module) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Copied, Magnitude, Mask, Predicted, Select, Tokens, drop
+from pumice.forms import Copied, Factored, Magnitude, Mask, Predicted, Select, Tokens, drop
 from pumice.kernels.near import Near
 from pumice.runtime.counters import Counter
 from pumice.runtime.skip import Skipping, skipping
@@ -58,7 +58,7 @@ class TokenSelection:
 
     def live(self, tokens: Callable[[], Tokens]) -> Tensor:
         """The live units of every token, bool [B, T, units]: by what the site knows, or as another site has told."""
-        if not getattr(self.form.score, "source", ""):
+        if not _told(self.form):
             return self.form.live_of(tokens())
         told = self.runtime.current.live
         if self.site.name not in told:
@@ -148,13 +148,20 @@ class TokenSelection:
             self.counter.live += live[chosen.to(live.device)].float().mean(-1).sum().item()
 
 
+def _told(form: Select) -> bool:
+    """Whether a net at another site says what is live."""
+    return bool(getattr(form.score, "source", ""))
+
+
 def check_token(site: Site, form: Select) -> None:
     """Refuse what a site cannot know of its tokens."""
     if site.kind == "experts":
         raise PumiceError(f"{site.name}: the router chooses experts for every token already.")
-    if isinstance(form.score, Predicted) and not form.score.source and site.expert is not None:
+    if isinstance(form.score, Factored) and site.kind != "ffn":
+        raise PumiceError(f"{site.name} is no FFN: Factored is a score of neurons.")
+    if isinstance(form.score, (Predicted, Factored)) and not _told(form) and site.expert is not None:
         raise PumiceError(f"{site.name} is a fused expert, to which no net of its own can be asked yet.")
-    if isinstance(form.score, Predicted) and not form.score.source:
+    if isinstance(form.score, (Predicted, Factored)) and not _told(form):
         width = site.matrix(site.in_roles[0]).shape[1]
         if form.score.first.shape[1] != width:
             raise PumiceError(
@@ -228,7 +235,7 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
     skip = selection.skip
     if skip is not None and skip.whole:
         replaced[skip.at] = stand_in = respliced(get(skip.at), standing_in(get(skip.at).forward))
-    if not isinstance(selection.form.score, Magnitude) and not getattr(selection.form.score, "source", ""):
+    if not isinstance(selection.form.score, Magnitude) and not _told(selection.form):
         for name in {site.parts[role].module for role in site.in_roles}:
             first = site.parts[site.in_roles[0]].module  # reads what the units are made from, as others may too
             replaced[name] = respliced(get(name), noting(name, get(name).forward, name == first))
