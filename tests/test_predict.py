@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import oracle
 import pumice
@@ -24,6 +25,7 @@ from pumice.methods.token.dejavu import DejaVu
 from pumice.methods.token.shadowllm import ShadowLLM, spearman
 from pumice.methods.token.svd import Svd
 from pumice.plan import Plan
+from pumice.runtime.attach import beside
 from test_token import doors, fast, logits, steps
 from tiny import tiny
 
@@ -318,7 +320,7 @@ def told_by_hand(model, family, plan, rule, start=0):
     live = {}
     for group in {form.score.group for form in plan.select.values()}:
         forms = {n: f for n, f in plan.select.items() if f.score.group == group}
-        live |= live_together(forms, x)
+        live |= {name: forms[name].spread(groups) for name, groups in live_together(forms, x).items()}
     edits = {
         sites[name].input: lambda a, live=live[name], units=sites[name].units: (
             a.reshape(*IDS.shape, units, -1) * (live.view(*IDS.shape, units, 1) | dense)
@@ -341,7 +343,8 @@ def test_a_shared_net_is_two_layers_of_the_scaled_input():
     live = live_together({"a": form}, x)["a"]
     score = net_by_hand(form.score, x)
     keep = torch.zeros_like(score).scatter(-1, score.topk(score.shape[1] - score.shape[1] // 2).indices, 1.0).bool()
-    assert torch.equal(live, keep.repeat_interleave(4, -1))
+    assert torch.equal(live, keep)
+    assert torch.equal(form.spread(live), keep.repeat_interleave(4, -1))
 
 
 @pytest.mark.parametrize("family", DENSE)
@@ -550,9 +553,90 @@ def test_what_tells_is_timed_too(told):
 
 def test_every_criterion_has_a_name_that_the_method_takes():
     for name in CRITERIA:
-        assert ShadowLLM(criterion=name).criterion == name
+        assert ShadowLLM(criterion=name, sparsity=0.0, heads=0.5).criterion == name
 
 
 def test_a_predicted_score_says_its_bytes():
     net = Predicted(first=torch.zeros(3, 8), second=torch.zeros(5, 3), bias=torch.zeros(3))
     assert net.bytes == 4 * (24 + 15 + 3)
+
+
+@pytest.mark.parametrize("name", ["plainact", "grad_norm", "grasp"])
+def test_a_token_alone_needs_no_gradient_of_the_matrix(name):
+    model, windows = tiny("opt"), tokens(CALIBRATION)
+    arch, found = taps_of(model, windows)
+    site = arch.sites["model.decoder.layers.1.ffn"]
+    alone = worth(name, site, found[0], torch.arange(20)[:, None], windows.ids[0].roll(-1))
+    twice = {key: tuple(torch.cat([t, t[-1:] * 0]) for t in pair) for key, pair in found[0].items()}
+    padded = torch.stack([torch.arange(20), torch.full((20,), 24)], 1)  # a second token that gives nothing
+    gold = torch.cat([windows.ids[0].roll(-1), torch.zeros(1, dtype=torch.long)])
+    torch.testing.assert_close(alone, worth(name, site, twice, padded, gold), rtol=1e-4, atol=1e-9)
+
+
+def test_layers_of_other_widths_have_groups_of_their_own():
+    model = tiny("qwen3_moe", mlp_only_layers=[0, 1], num_hidden_layers=3)
+    plan = made(model, shadow(group=3, heads=0.5))
+    assert plan.select and any("fused experts run whole" in note for note in plan.measurements["notes"])
+    logits(pumice.attach(model, plan, exec="reference"))
+
+
+def test_groups_of_one_neuron_and_heads_are_told_apart():
+    model = tiny("llama", num_hidden_layers=3)
+    plan = made(model, shadow(group=1, heads=0.5, sparsity=0.8))
+    alone = made(model, shadow(heads=0.5, sparsity=0.0))
+    for name, form in alone.select.items():
+        assert plan.select[name].score.captured == pytest.approx(form.score.captured, abs=0.01)
+
+
+def test_experts_that_no_net_can_tell_are_said():
+    plan = made(tiny("mixtral"), dejavu())
+    assert not plan.select and "fused expert" in plan.measurements["notes"][0]
+    with pytest.raises(PumiceError, match="no ffn after the first layer"):
+        made(tiny("mixtral"), shadow())
+    with pytest.raises(PumiceError, match="channels of a head"):
+        ShadowLLM(criterion="jacov")
+
+
+def test_a_shared_expert_that_is_called_with_flat_rows():
+    config = {"hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 24,
+              "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 96, "max_position_embeddings": 64}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2_moe", **config)).eval()
+    plan = made(model, shadow())
+    assert plan.select
+    expected = steps(pumice.attach(model, plan, exec="reference"), IDS[:1])
+    torch.testing.assert_close(steps(fast(model, plan), IDS[:1]), expected, rtol=2e-4, atol=2e-4)
+
+
+def test_guessed_tokens_and_choices_that_hold_do_not_go_together():
+    model = tiny("llama")
+    settings = {"max_new_tokens": 6, "do_sample": False, "prompt_lookup_num_tokens": 3, "eos_token_id": None}
+    with pytest.raises(PumiceError, match="cannot be taken back"):
+        pumice.attach(model, made(model, shadow(every=4))).generate(IDS[:1], **settings)
+    twin = pumice.attach(model, made(model, shadow(every=0)))
+    plain = {key: value for key, value in settings.items() if key != "prompt_lookup_num_tokens"}
+    assert torch.equal(twin.generate(IDS[:1], **settings), twin.generate(IDS[:1], **plain))
+
+
+def test_the_net_of_a_model_runs_its_first_layer_once(monkeypatch):
+    model = tiny("llama", num_hidden_layers=4)
+    twin = pumice.attach(model, made(model, shadow()), exec="reference")
+    calls, hidden = [], Predicted.hidden
+    monkeypatch.setattr(Predicted, "hidden", lambda self, x: calls.append(1) or hidden(self, x))
+    twin(IDS[:1])
+    assert len(calls) == 1
+    assert twin.pumice.net_bytes == sum(4 * t.numel() for t in nets_of(twin))
+
+
+def nets_of(twin):
+    scores = [form.score for form in twin.pumice.plan.select.values()]
+    first = scores[0]
+    return [first.first, first.bias, *(t for score in scores for t in (score.second, score.offset))]
+
+
+def test_nets_lie_where_the_model_is():
+    """No accelerator is needed to see that they are moved: meta is a device too."""
+    plan = made(tiny("llama", num_hidden_layers=3), shadow())
+    moved = beside(plan.select, torch.device("meta"))
+    assert {form.score.second.device.type for form in moved.values()} == {"meta"}
+    assert len({id(form.score.first) for form in moved.values()}) == 1

@@ -35,11 +35,11 @@ def fit(
     net: Predicted, x: Tensor, targets: Tensor, loss: Loss, *, epochs: int, lr: float, batch: int, seed: int,
     patience: int = 5, title: str = "",
 ) -> Predicted:  # fmt: skip
-    """The trained net. x [rows, d], targets [rows, groups] of any dtype; the last tenth is held out."""
+    """The trained net, where x is. x [rows, d], targets [rows, groups] of any dtype; the last tenth is held out."""
     first = split(len(x), title or "fit")
-    spread = torch.ones(x.shape[1]) if net.scaled else x[:first].float().std(0).clamp_min(1e-6).cpu()
+    spread = torch.ones(1, device=x.device) if net.scaled else x[:first].float().std(0).clamp_min(1e-6)
     parts = {n: getattr(net, n) for n in ("first", "second", "bias", "offset") if getattr(net, n) is not None}
-    parts = {name: tensor.detach().clone().requires_grad_() for name, tensor in parts.items()}
+    parts = {name: tensor.detach().to(x.device, copy=True).requires_grad_() for name, tensor in parts.items()}
     net = replace(net, **parts)
     optimizer = torch.optim.AdamW(parts.values(), lr=lr, weight_decay=0.01)
     steps = epochs * math.ceil(first / batch)
@@ -49,7 +49,7 @@ def fit(
 
     def scores(rows: Tensor) -> Tensor:
         given = x[rows].float()
-        return scored(net, given if net.scaled else given / spread.to(given.device))
+        return scored(net, given if net.scaled else given / spread)
 
     with tqdm(total=steps, desc=title or "fit", unit="step", leave=False, disable=None if title else True) as bar:
         for _ in range(epochs):
@@ -69,7 +69,7 @@ def fit(
                 best, found = now, {name: tensor.detach().clone() for name, tensor in parts.items()}
             if waited >= patience:
                 break
-    found["first"] = found["first"] / spread.to(found["first"].device)
+    found["first"] = found["first"] / spread
     return replace(net, **found)
 
 

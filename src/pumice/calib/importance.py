@@ -35,6 +35,11 @@ class Spans:
         """Whether the paper's own formulas for an FFN's first matrix apply."""
         return self.weight is not None
 
+    @property
+    def alone(self) -> bool:
+        """One token a span, whose ∂ℓ/∂W = δ xᵀ need not be made."""
+        return self.neurons and self.x.shape[1] == 1
+
     def of_weights(self, worth: Callable[[Tensor], Tensor]) -> Tensor:
         """`worth` of ∂ℓ/∂W [units, d] of every span: [S, units]."""
         return torch.stack([worth(dz.T @ x) for dz, x in zip(self.dz, self.x, strict=True)])
@@ -42,6 +47,8 @@ class Spans:
 
 def plainact(s: Spans) -> Tensor:
     """Σ_t |a·g|; of a matrix Σ_i |W·∂ℓ/∂W|."""
+    if s.alone:
+        return (s.dz.abs() * (s.x.abs() @ s.weight.abs().T))[:, 0]
     if s.neurons:
         return s.of_weights(lambda gradient: (s.weight * gradient).abs().sum(1))
     return (s.a * s.g).sum(-1).abs().sum(1)
@@ -54,6 +61,8 @@ def l2_norm(s: Spans) -> Tensor:
 
 def grad_norm(s: Spans) -> Tensor:
     """‖g‖ over tokens, of a matrix ‖∂ℓ/∂W‖."""
+    if s.alone:
+        return (s.dz.abs() * s.x.norm(dim=-1, keepdim=True))[:, 0]
     return s.of_weights(lambda gradient: gradient.norm(dim=1)) if s.neurons else s.g.square().sum((1, 3)).sqrt()
 
 
@@ -69,6 +78,8 @@ def snip(s: Spans) -> Tensor:
 
 def grasp(s: Spans) -> Tensor:
     """-mean_t a·g, of a matrix -mean_i W·∂ℓ/∂W: the released code's; GraSP itself asks for the Hessian."""
+    if s.alone:
+        return -(s.dz * (s.x @ s.weight.T))[:, 0] / s.weight.shape[1]
     if s.neurons:
         return s.of_weights(lambda gradient: -(s.weight * gradient).mean(1))
     return -(s.a * s.g).sum(-1).mean(1)
@@ -80,9 +91,11 @@ def nwot(s: Spans) -> Tensor:
     if asleep.dim() == 3 or asleep.shape[-1] == 1:
         tokens = asleep.shape[1]
         return asleep.reshape(*asleep.shape[:3]).mean(1).clamp_min(0.5 / tokens).log()
-    rows = asleep.transpose(1, 2)  # [S, units, r, width]
-    kernel = rows.transpose(-1, -2) @ rows / rows.shape[2]
-    return torch.linalg.slogdet(kernel + 1e-3 * torch.eye(kernel.shape[-1], device=kernel.device))[1]
+    found = []
+    for rows in asleep.transpose(1, 2):  # [units, r, width]; a span at a time, since kernels are large
+        kernel = rows.transpose(-1, -2) @ rows / rows.shape[1]
+        found.append(torch.linalg.slogdet(kernel + 1e-3 * torch.eye(kernel.shape[-1], device=kernel.device))[1])
+    return torch.stack(found)
 
 
 def jacov(s: Spans) -> Tensor:

@@ -31,8 +31,8 @@ def judged(site: Site, net: Predicted, cut, a: Tensor, live: Tensor, needed: Ten
 
 def overlap(live: Tensor, needed: Tensor) -> dict[str, float]:
     """recall: of what is needed, the share that is live; precision: of what is live, the share that is needed."""
-    both = (live & needed).sum().item()
-    return {"recall": both / max(int(needed.sum()), 1), "precision": both / max(int(live.sum()), 1)}
+    both, wanted, kept = (int(t.sum()) for t in (live & needed, needed, live))
+    return {"recall": both / wanted if wanted else 1.0, "precision": both / kept if kept else 1.0}
 
 
 def captured(a: Tensor, live: Tensor, out: Tensor) -> float:

@@ -36,6 +36,8 @@ def activity(model: nn.Module, plan: Plan, windows: Windows, dense: Perplexity, 
     twin.pumice.counting = True
     found = perplexity(twin, windows, title=f"perplexity at {level:.3g}")
     sites = {name: 1 - selection.counter.density for name, selection in twin.pumice.selections.items()}
+    if not sites:
+        raise PumiceError("this plan selects nothing while it runs, so there is no activation sparsity to count.")
     return Activity(level=level, sparsity=sum(sites.values()) / len(sites), sites=sites, perplexity=found,
                     ratio=paired_ratio(found, dense))  # fmt: skip
 
@@ -51,9 +53,7 @@ def ppl_sparsity(
     if not percent > 0:
         raise PumiceError(f"the perplexity may rise by a percentage above 0; got {percent!r}.")
     dense = dense or perplexity(model, windows, title="perplexity: dense")
-    low, high, best = 0.0, 1.0, activity(model, plan_at(0.0), windows, dense)
-    if best.ratio[0] > 1 + percent / 100:
-        raise PumiceError(f"perplexity rises by more than {percent:g} % even at level 0.")
+    low, high, best = 0.0, 1.0, None
     with tqdm(desc=f"PPL-{percent:g} %", unit="level", leave=False) as bar:
         while high - low > tolerance:
             middle = (low + high) / 2
@@ -61,4 +61,6 @@ def ppl_sparsity(
             within = found.ratio[0] <= 1 + percent / 100
             low, high, best = (middle, high, found) if within else (low, middle, best)
             bar.update()
+    if best is None:
+        raise PumiceError(f"perplexity rises by more than {percent:g} % even at level {high:.3g}.")
     return best

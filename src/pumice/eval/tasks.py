@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from pumice.errors import PumiceError, unknown
 from pumice.runtime.state import NAMES, cache_in
 
-TOLERANCE = 1e-2  # nats, of an answer scored in one pass and token by token, in fp32
+TOLERANCE = 1e-2  # nats a token, of an answer scored in one pass and token by token, in fp32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +59,20 @@ def task_scores(
     for name, row in found["results"].items():
         if name not in found["samples"]:
             continue  # a group's mean over its tasks
-        metrics = [key.partition(",")[0] for key in row if "," in key and "_stderr" not in key]
-        scores[name] = {
-            metric: (row[f"{metric},none"], _number(row.get(f"{metric}_stderr,none"))) for metric in metrics
-        }
-        each = {m: [d.get(m) for d in found["samples"][name]] for m in metrics}
-        documents[name] = {m: [*map(float, got)] for m, got in each.items() if _mean_is(got, scores[name][m][0])}
-    counts = {name: len(found["samples"][name]) for name in scores}
+        scores[name], documents[name] = {}, {}
+        for key in (key for key in row if "," in key and "_stderr" not in key):
+            metric, _, way = key.partition(",")  # `exact_match,strict-match`: how the answer is read
+            label = metric if way == "none" else f"{metric} ({way})"
+            scores[name][label] = (row[key], _number(row.get(f"{metric}_stderr,{way}")))
+            got = [d.get(metric) for d in found["samples"][name] if d.get("filter", "none") == way]
+            if _mean_is(got, row[key]):
+                documents[name][label] = [*map(float, got)]
+    counts = {name: len({d["doc_id"] for d in found["samples"][name]}) for name in scores}
     return TaskScores(
-        scores=scores, documents=documents, counts=counts, protocol=lm.protocol | {"limit": limit, "shots": shots or 0}
+        scores=scores,
+        documents=documents,
+        counts=counts,
+        protocol=lm.protocol | {"limit": limit, "shots": {name: found["n-shot"].get(name, 0) for name in scores}},
     )
 
 
@@ -122,7 +127,9 @@ def _phased(model: nn.Module, tokenizer, batch: int, title: str):
 
 
 def _cut(context: list[int], answer: list[int], longest: int) -> tuple[list[int], int]:
-    """The tokens that run, the last of the answer left out as none follows it, and how many of them are answered."""
+    """Context and answer, cut from the left to what the model takes, and the tokens of the answer."""
+    if len(answer) > longest:
+        raise PumiceError(f"an answer of {len(answer)} tokens is longer than the {longest} that the model takes.")
     return (context + answer)[-(longest + 1) :], len(answer)
 
 
@@ -186,7 +193,8 @@ def _protocol(model: nn.Module, row: tuple[list[int], int]) -> dict:
     if runtime is None or not runtime.plan.select:
         return {"phases": "none: every position runs alike"}
     one, many = scored(model, [row])[0][0], decoded(model, *row)[0]
-    if not math.isfinite(one) or abs(one - many) > TOLERANCE * (1 if model.dtype == torch.float32 else 30):
+    allowed = TOLERANCE * row[1] * (1 if model.dtype == torch.float32 else 30)
+    if not math.isfinite(one) or abs(one - many) > allowed:
         raise PumiceError(
             f"an answer scored in one pass ({one:.4f} nats) and token by token ({many:.4f}) differ, so this plan "
             "cannot be scored on tasks in one pass. Please report the model and the plan."

@@ -143,14 +143,19 @@ class Predicted:
 
     def of_tokens(self, tokens: Tokens) -> Tensor:
         """[..., groups]"""
-        return F.linear(self.hidden(tokens.x()), self.second, self.offset)
+        return self.of_hidden(self.hidden(tokens.x()))
+
+    def of_hidden(self, hidden: Tensor) -> Tensor:
+        """[..., rank] -> [..., groups]"""
+        return F.linear(hidden, self.second, self.offset)
 
     def hidden(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., rank], in the net's dtype."""
+        x = x.to(self.first.dtype)
         if self.scaled:
             low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
             x = (x - low) / (high - low).clamp_min(1e-12)
-        z = F.linear(x.to(self.first.dtype), self.first, self.bias)
+        z = F.linear(x, self.first, self.bias)
         return ACTIVATIONS[self.activation](z) if self.activation else z
 
     @property

@@ -107,15 +107,13 @@ class Select:
 
 
 def live_together(forms: dict[str, Select], x: Tensor) -> dict[str, Tensor]:
-    """The live units that one net chooses at several sites, bool [..., units] by site, of the source's x [..., d]."""
-    tokens = Tokens(x=lambda: x)
-    scores = {name: form.score.of_tokens(tokens) for name, form in forms.items()}
-    cut = next(iter(forms.values())).cut
-    if getattr(cut, "across", False):
-        live = dict(zip(scores, cut.keep_across(list(scores.values())), strict=True))
-    else:
-        live = {name: forms[name].cut.keep(score) for name, score in scores.items()}
-    return {name: forms[name].spread(groups) for name, groups in live.items()}
+    """What one net chooses at several sites, bool [..., groups] by site, of the source's x [..., d]."""
+    first = next(iter(forms.values()))
+    hidden = first.score.hidden(x)
+    scores = {name: form.score.of_hidden(hidden) for name, form in forms.items()}
+    if getattr(first.cut, "across", False):
+        return dict(zip(scores, first.cut.keep_across(list(scores.values())), strict=True))
+    return {name: forms[name].cut.keep(score) for name, score in scores.items()}
 
 
 def drop(activations: Tensor, live: Tensor, sparse: Tensor) -> Tensor:

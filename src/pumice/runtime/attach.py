@@ -12,11 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from pumice.arch.detect import Arch, detect
 from pumice.errors import PumiceError
-from pumice.forms import Mask, Predicted, Select, Slim, Static, Uniform
+from pumice.forms import Factored, Mask, Predicted, Select, Slim, Static, Uniform
 from pumice.plan import Plan, fingerprint_model, slims_of
 from pumice.runtime.live import Exec, Runtime, generate
 from pumice.runtime.modules import Selection, point_of, splice_experts, splice_select
@@ -71,6 +72,7 @@ def applied(
 
 
 def _install(model: nn.Module, runtime: Runtime) -> None:
+    runtime.plan = replace(runtime.plan, select=beside(runtime.plan.select, next(model.parameters()).device))
     plan, arch = runtime.plan, runtime.arch
     named = (*plan.weights, *plan.select, *(form.score.source for form in told_by_others(plan)))
     sites = {name: replace(_site(arch, name), root=model) for name in named}
@@ -119,6 +121,18 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
         model.__dict__["generate"] = functools.partial(generate, model, runtime)
     runtime.arch = rerooted(arch, model)  # holding the model that it was made of would hold its weights
     model.__dict__["pumice"] = runtime
+
+
+def beside(forms: dict[str, Select], device: torch.device) -> dict[str, Select]:
+    """The forms with their nets on the model's device; what they share stays shared."""
+    moved: dict[int, Tensor] = {}
+
+    def placed(score):
+        parts = {name: part for name, part in vars(score).items() if isinstance(part, Tensor)}
+        return replace(score, **{n: moved.setdefault(id(part), part.to(device)) for n, part in parts.items()})
+
+    nets = {name: form for name, form in forms.items() if isinstance(form.score, (Predicted, Factored))}
+    return {**forms, **{name: replace(form, score=placed(form.score)) for name, form in nets.items()}}
 
 
 def told_by_others(plan: Plan) -> list[Select]:

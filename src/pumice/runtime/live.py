@@ -102,10 +102,10 @@ class Runtime:
 
     @property
     def net_bytes(self) -> int:
-        """Of the nets that tell what runs: every token reads them."""
-        return sum(net.bytes for net in self.nets) + sum(
-            getattr(f.score, "bytes", 0) for f in self.plan.select.values()
-        )
+        """Of the nets that tell what runs, a token: of one whose choice holds for several its share."""
+        shared = sum(net.bytes / net.form.every for net in self.nets if net.form.every)
+        own = [(form.score.bytes, form.every) for form in self.plan.select.values() if hasattr(form.score, "bytes")]
+        return round(shared + sum(size / every for size, every in own if every))
 
     # ---- hooks of the whole model -----------------------------------------------------------------------------------
 
@@ -187,6 +187,13 @@ def generate(model: nn.Module, runtime: Runtime, inputs=None, generation_config=
     else:  # a setting beside a config is deprecated
         generation_config = copy.copy(generation_config)
         generation_config.disable_compile = True
+    guesses = kwargs.get("assistant_model") or kwargs.get("prompt_lookup_num_tokens")
+    guesses = guesses or getattr(generation_config, "prompt_lookup_num_tokens", None)
+    if guesses and any(form.every > 1 for form in runtime.plan.select.values()):
+        raise PumiceError(
+            "a choice that holds for several tokens (`every`) cannot be taken back when a guess is turned down. "
+            "Generate without an assistant and without prompt lookup, or make the plan with every=1 or every=0."
+        )
     mask = kwargs.get("attention_mask")
     if mask is None and ids is not None:
         mask = _inferred_mask(model, ids, generation_config, kwargs)

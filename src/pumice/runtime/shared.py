@@ -111,10 +111,8 @@ def _check(net: SharedNet, sites: dict[str, Site]) -> None:
     early = [name for name in net.forms if sites[name].block <= net.source.block]
     if early:
         raise PumiceError(f"{early[0]} runs before {net.source.name}, whose input would tell what runs there.")
-    if len({(form.cut, form.first, form.every) for form in net.forms.values()}) > 1 and (
-        net.form.every != 1 or getattr(net.form.cut, "across", False)
-    ):
-        raise PumiceError("the sites that one net ranks together must have the same cut, `first` and `every`.")
+    if len({(form.first, form.every, getattr(form.cut, "across", False)) for form in net.forms.values()}) > 1:
+        raise PumiceError("the sites that one net tells must have the same `first` and `every`, and be ranked alike.")
 
 
 def splice_shared(net: SharedNet, get: Callable[[str], nn.Module]) -> dict[str, nn.Module]:

@@ -38,7 +38,7 @@ class Decision:
     number: Tensor  # int64 [B], of the token that told
     start: Tensor  # int64 [B], of the last prompt token
     position: int  # in the cache, of the last token that told in any row
-    live: dict[str, Tensor] | None = None  # bool [B, 1, units] by site, as it was chosen from x
+    live: dict[str, Tensor] | None = None  # bool [B, 1, groups] by site, as it was chosen from x
 
 
 @dataclass

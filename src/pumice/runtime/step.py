@@ -24,7 +24,7 @@ class Step:
     open: Tensor | None = None  # bool [B, T]: where tokens may choose for themselves; None: everywhere
     before: int | Tensor = 0  # real tokens before these, of all rows or of each [B]
     past: int = 0  # positions before these
-    live: dict[str, Tensor] = field(default_factory=dict)  # by site: what a shared net chose, bool [B, T or 1, units]
+    live: dict[str, Tensor] = field(default_factory=dict)  # by site: what a shared net chose, bool [B, T or 1, groups]
     _tokens: dict[int, Tensor | None] = field(default_factory=dict)
 
     @property

@@ -63,12 +63,12 @@ class TokenSelection:
         told = self.runtime.current.live
         if self.site.name not in told:
             raise PumiceError(f"{self.site.name} ran before {self.form.score.source}, which tells what runs there.")
-        return told[self.site.name]
+        return self.form.spread(told[self.site.name])
 
     def run(self, x: Tensor) -> Tensor:
         """The kernel's output for x."""
         live = self.live(lambda: Tokens(x=lambda: x)) if self.skip.told else None
-        y = self.skip.product(x, live)
+        y = self.skip.product(x, None if live is None else live.reshape(*x.shape[:-1], -1))
         self.calls += 1
         self.units_read += self.skip.product.union
         if self.runtime.counting and self.skip.scores:
@@ -159,8 +159,8 @@ def check_token(site: Site, form: Select) -> None:
         raise PumiceError(f"{site.name}: the router chooses experts for every token already.")
     if isinstance(form.score, Factored) and site.kind != "ffn":
         raise PumiceError(f"{site.name} is no FFN: Factored is a score of neurons.")
-    if isinstance(form.score, (Predicted, Factored)) and not _told(form) and site.expert is not None:
-        raise PumiceError(f"{site.name} is a fused expert, to which no net of its own can be asked yet.")
+    if isinstance(form.score, (Predicted, Factored)) and site.expert is not None:
+        raise PumiceError(f"{site.name} is a fused expert, which no net can tell yet.")
     if isinstance(form.score, (Predicted, Factored)) and not _told(form):
         width = site.matrix(site.in_roles[0]).shape[1]
         if form.score.first.shape[1] != width:
@@ -236,8 +236,9 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
     if skip is not None and skip.whole:
         replaced[skip.at] = stand_in = respliced(get(skip.at), standing_in(get(skip.at).forward))
     if not isinstance(selection.form.score, Magnitude) and not _told(selection.form):
-        for name in {site.parts[role].module for role in site.in_roles}:
-            first = site.parts[site.in_roles[0]].module  # reads what the units are made from, as others may too
+        first = site.parts[site.in_roles[0]].module  # reads what the units are made from, as others may too
+        asked = [site.in_roles[0]] if isinstance(selection.form.score, (Predicted, Factored)) else site.in_roles
+        for name in {site.parts[role].module for role in asked}:
             replaced[name] = respliced(get(name), noting(name, get(name).forward, name == first))
     replaced[out] = respliced(get(out), editing(get(out).forward))
     return replaced

@@ -40,7 +40,10 @@ class DejaVu:
 
     def solve(self, site: Site, stats: SiteStats) -> Select | None:
         sparsity = self.sparsity if site.kind == "ffn" else self.heads
-        if not sparsity or site.expert is not None:
+        if not sparsity:
+            return None
+        if site.expert is not None:
+            stats.note("is a fused expert, which no net can tell yet: it runs whole")
             return None
         x, a = stats[Entries], stats[Inputs]
         needed = needed_units(site, a, sparsity)

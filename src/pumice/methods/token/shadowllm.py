@@ -56,6 +56,8 @@ class ShadowLLM:
     needs = (Inputs,)
 
     def __post_init__(self) -> None:
+        if self.criterion in ("jacov", "epenas") and self.sparsity:
+            raise PumiceError(f"{self.criterion} compares the channels of a head: give sparsity=0 and `heads` with it.")
         if isinstance(self.heads, bool) or not 0.0 <= self.heads <= 1.0:
             raise PumiceError(f"shadowllm.heads is the fraction of KV groups removed, from 0 to 1; got {self.heads!r}.")
         for name, least in (("every", 0), ("group", 1), ("hidden", 0), ("epochs", 1)):
@@ -72,13 +74,20 @@ class ShadowLLM:
         chosen = {kind: [site for site in later if site.kind == kind] for kind in shares if shares[kind]}
         chosen = {kind: sites for kind, sites in chosen.items() if sites}
         if not chosen:
-            raise PumiceError("shadowllm has nothing to choose: give sparsity (neurons) or heads (KV groups) above 0.")
-        work.text("shadowllm")
+            asked = " and ".join(kind for kind, share in shares.items() if share)
+            why = f"this model has no {asked} after the first layer that a net can tell (fused experts are none)"
+            why = why if asked else "give sparsity (neurons) or heads (KV groups) above 0"
+            raise PumiceError(f"shadowllm has nothing to choose: {why}.")
+        fused = sum(site.expert is not None for site in work.sites)
+        if fused:
+            work.notes.append(f"{fused} fused experts run whole: no net can tell them yet")
+        if not bool(work.text("shadowllm").valid.all()):
+            raise PumiceError("shadowllm learns from windows that are text throughout; these hold padding.")
         traced = work.once_tensors("importance", lambda: self.trace(work, source, chosen))
         ready = Ready(x=traced["x"])
         for kind, sites in chosen.items():
             nets = self.hidden or self.affordable(work, source, chosen)
-            ready.add(*self.train(kind, sites, source, traced, nets, shares[kind], work.notes))
+            ready.add(kind, *self.train(kind, sites, source, traced, nets, shares[kind], work.notes))
         return ready
 
     def train(self, kind, sites: list[Site], source: Site, traced, hidden: int, sparsity: float, notes: list[str]):
@@ -93,9 +102,9 @@ class ShadowLLM:
         targets = torch.cat([scaled(t) for t in each], 1) if self.scaled == "layer" else scaled(torch.cat(each, 1))
         x = traced["x"][traced["at"]].float()
         net = fresh(x.shape[1], hidden, targets.shape[1], self.seed, affine=True, activation="relu", scaled=True,
-                    least=self.recall, source=source.name, group=self.size(sites[0]))  # fmt: skip
+                    least=self.recall, source=source.name)  # fmt: skip
         net = fit(net, x, targets, F.mse_loss, epochs=self.epochs, lr=self.lr, batch=32, seed=self.seed, title=title)
-        least = {"hybrid": 1 if kind == "heads" else -(-self.least // net.group)}.get(self.style, 0)
+        least = {"hybrid": 1 if kind == "heads" else -(-self.least // self.size(sites[0]))}.get(self.style, 0)
         cut = TopK(sparsity=sparsity, across=self.style != "layer", least=least)
         kept = sum(sizes) - removed(sum(sizes), sparsity)
         if least * len(sites) > kept:
@@ -105,14 +114,14 @@ class ShadowLLM:
             )
         forms = {}
         for site, second, offset in zip(sites, net.second.split(sizes), net.offset.split(sizes), strict=True):
-            score = replace(net, second=second.clone(), offset=offset.clone())
+            score = replace(net, second=second.clone(), offset=offset.clone(), group=self.size(site))
             forms[site.name] = Select(score=score, cut=cut, units=site.units, scope="token", first=self.first,
                                       every=self.every, weights=weights_of_unit(site))  # fmt: skip
         held = slice(split(len(x), title), None)
         ideal = targets[held].split(sizes, 1)
         needed = cut.keep_across(list(ideal)) if cut.across else [cut.keep(target) for target in ideal]
         told = live_together(forms, x[held])
-        found = {name: (told[name], form.spread(one)) for (name, form), one in zip(forms.items(), needed, strict=True)}
+        found = {name: (told[name], one) for name, one in zip(forms, needed, strict=True)}
         agree = spearman(scored(net, x[held]), targets[held])
         notes.append(f"{title}: rank correlation of the net with its targets on held-out text {agree:.3f} (Spearman)")
         return forms, found
@@ -128,14 +137,14 @@ class ShadowLLM:
 
         def visit(block, i: int, gradients: dict, taps: dict) -> None:
             for site in wanted.get(block.index, []):
-                at = self.spans(len(taps[site.input][0]))[1]
+                at = self.spans(rows.shape[1])[1]
                 values = worth(self.criterion, site, taps, at, rows[i].roll(-1))
                 found[site.name][i] = values.unflatten(-1, (-1, self.size(site))).sum(-1).bfloat16().cpu()
             if block.index == source.block:
                 x[i] = taps[source.input][0].bfloat16().cpu()
 
         windows = reverse(work, visit, taps=True, title="importance: blocks")
-        tellers = [self.spans(len(x[i]))[0] + i * rows.shape[1] for i in range(windows)]
+        tellers = [self.spans(rows.shape[1])[0] + i * rows.shape[1] for i in range(windows)]
         targets = {name: torch.cat([each[i] for i in range(windows)]) for name, each in found.items()}
         return {**targets, "x": torch.cat([x[i] for i in range(windows)]), "at": torch.cat(tellers)}
 
@@ -146,7 +155,8 @@ class ShadowLLM:
         return next(n for n in range(min(self.group, site.units), 0, -1) if site.units % n == 0)
 
     def spans(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """Of a window: the tokens that tell [S], and those that they tell about [S, r]."""
+        """Of a window: the tokens that tell [S], and those that they tell about [S, r]; nothing depends on its last."""
+        tokens -= 1
         if self.every:
             told = torch.arange(1 if self.every == 1 else 0, tokens - self.every + 1, self.every)
             return told, told[:, None] + torch.arange(self.every)
@@ -166,33 +176,30 @@ class Ready:
     """The method with its trained nets."""
 
     x: Tensor  # what the source gave on the text, [tokens, d]
-    forms: dict[str, Select] = field(default_factory=dict)
-    told: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # live and needed, by site
-    lives: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    forms: dict[str, dict[str, Select]] = field(default_factory=dict)  # by kind, then by site
+    told: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # live and needed groups, by site
+    lives: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
-    def add(self, forms: dict[str, Select], told: dict[str, tuple[Tensor, Tensor]]) -> None:
-        self.forms.update(forms)
+    def add(self, kind: str, forms: dict[str, Select], told: dict[str, tuple[Tensor, Tensor]]) -> None:
+        self.forms[kind] = forms
         self.told.update(told)
 
     def solve(self, site: Site, stats: SiteStats) -> Select | None:
         """What was trained, with what of the site's output it captures on held-out tokens."""
-        if site.name not in self.forms:
+        if site.name not in self.forms.get(site.kind, {}):
             return None
-        form, a = self.forms[site.name], stats[Inputs]
+        form, a = self.forms[site.kind][site.name], stats[Inputs]
         step = next(2**k for k in range(64) if -(-len(self.x) // 2**k) <= len(a))  # Inputs takes every so many tokens
-        held = torch.arange(0, len(self.x), step)[split(len(a), site.name) :]
-        live = self.live(form.score.group, held)[site.name]
-        found = overlap(*self.told[site.name]) | {
-            "captured": captured(a[split(len(a), site.name) :], live.to(a.device), site.weight_of(site.out_role))
-        }
-        return replace(form, score=replace(form.score, **found))
+        first = split(len(a), site.name)
+        live = form.spread(self.live(site.kind, torch.arange(0, len(self.x), step)[first:])[site.name])
+        share = captured(a[first:], live.to(a.device), site.weight_of(site.out_role))
+        return replace(form, score=replace(form.score, captured=share, **overlap(*self.told[site.name])))
 
-    def live(self, group: int, held: Tensor) -> dict[str, Tensor]:
-        """What the net of groups of this size chooses for some tokens, made once."""
-        if group not in self.lives:
-            forms = {name: form for name, form in self.forms.items() if form.score.group == group}
-            self.lives[group] = live_together(forms, self.x[held].float())
-        return self.lives[group]
+    def live(self, kind: str, held: Tensor) -> dict[str, Tensor]:
+        """The groups that the net of this kind chooses for some tokens, each by itself; made once."""
+        if kind not in self.lives:
+            self.lives[kind] = live_together(self.forms[kind], self.x[held].float())
+        return self.lives[kind]
 
 
 def scaled(t: Tensor) -> Tensor:
