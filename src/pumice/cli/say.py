@@ -49,7 +49,8 @@ def print_notes(plan, most: int = 5) -> None:
 
 def print_nets(plan) -> None:
     """What the nets of a plan find, layer by layer, on text that they were not trained on."""
-    nets = {name: form.score for name, form in plan.select.items() if hasattr(form.score, "recall")}
+    forms = {name: form for name, form in plan.select.items() if hasattr(form.score, "recall")}
+    nets = {name: form.score for name, form in forms.items()}
     if not nets:
         return
     note.print("nets that choose, on held-out tokens: recall and precision of the units that matter, ‖y_kept‖/‖y‖")
@@ -59,8 +60,9 @@ def print_nets(plan) -> None:
             f"  {name:{width}}  recall {net.recall:.3f}  precision {net.precision:.3f}  output {net.captured:.3f}"
         )
     recalls, outputs = ([getattr(net, part) for net in nets.values()] for part in ("recall", "captured"))
-    count = len(nets)
-    note.print(f"  mean recall {sum(recalls) / count:.3f}, least {min(recalls):.3f}; output {sum(outputs) / count:.3f}")
+    count, chance = len(nets), 1 - sum(form.sparsity for form in forms.values()) / len(forms)
+    mean = f"mean recall {sum(recalls) / count:.3f}, least {min(recalls):.3f}, by chance {chance:.3f}"
+    note.print(f"  {mean}; output {sum(outputs) / count:.3f}")
 
 
 def recipe_name(plan) -> str:

@@ -104,7 +104,7 @@ def budget_of(plan: Plan) -> str:
     if plan.weights:
         return "weights of the pruned matrices"
     kinds = {form.units for form in plan.select.values() if form.scope == "token"}
-    return "what every token chooses among, by weights" if kinds else "FFN neurons, per generated token"
+    return "weights of the units that every token chooses among" if kinds else "FFN neurons, per generated token"
 
 
 def how(twin: nn.Module) -> str:

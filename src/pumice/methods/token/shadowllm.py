@@ -42,7 +42,7 @@ class ShadowLLM:
     heads: float = 0.0  # of the KV groups; 0: attention runs dense
     criterion: Literal[tuple(CRITERIA)] = "plainact"
     every: int = 1
-    style: Literal["layer", "global", "hybrid"] = "global"
+    style: Literal["layer", "global", "hybrid"] = "layer"
     least: int = 256  # neurons that hybrid keeps in every layer
     scaled: Literal["layer", "model"] = "layer"
     group: int = 32  # neighbouring neurons that are chosen together
