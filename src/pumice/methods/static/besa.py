@@ -25,6 +25,9 @@ from pumice.registry import method
 from pumice.sites import Site
 
 
+FAR = 16  # steps of `lr` that rows go
+
+
 @method("besa", kinds=["linear"])
 class BESA(Budget):
     """The order of importance in a row stays; how many of its weights go is learnt, then fitted to the exact budget.
@@ -37,7 +40,7 @@ class BESA(Budget):
     order: Literal["wanda", "sparsegpt", "magnitude"] = "wanda"
     reference: Literal["stream", "dense"] = "stream"
     epochs: int = 1
-    lr: float = 0.05  # of AdamW
+    lr: float = 0.05  # of AdamW; of rows in 16 steps, and so much less in more that they go no further
     penalty: float = 5.0
     rows: int = 1  # windows in a step
     bits: int = 0  # 4 or 8: quantise too
@@ -84,12 +87,12 @@ class BESA(Budget):
     def train(
         self, run: BlockRun, weights: dict, masks: dict[str, SoftMask], clips: dict[str, Clip], goal: float
     ) -> None:
-        groups = [{"params": [mask.theta for mask in masks.values()], "lr": self.lr}]
+        steps = self.epochs * len(run.samples)
+        groups = [{"params": [mask.theta for mask in masks.values()], "lr": self.rate(steps)}]
         if clips:
             groups.append({"params": [clip.strength for clip in clips.values()], "lr": 0.1 * self.lr})
         adam = torch.optim.AdamW(groups, weight_decay=0.0)
         order = torch.Generator().manual_seed(self.seed * 1_000_003 + run.block.index)
-        steps = self.epochs * len(run.samples)
         with tqdm(total=steps, desc=f"besa: block {run.block.index}", unit="step", leave=False) as bar:
             for _ in range(self.epochs):
                 for i in torch.randperm(len(run.samples), generator=order).tolist():
@@ -100,6 +103,13 @@ class BESA(Budget):
                     adam.step()
                     adam.zero_grad()
                     bar.update()
+
+    def rate(self, steps: int) -> float:
+        """The learning rate. Rows that go on as far as 64 steps of 0.05 take them fit their block and not the model.
+
+        SmolLM2, 50 %, 64 windows of WikiText-2, perplexity of 16: Wanda 80.0, 64 steps of 0.05 81.2, of 0.0125 69.2.
+        """
+        return self.lr * min(1.0, FAR / max(steps, 1)) if self.granularity == "row" else self.lr
 
     def error(self, run: BlockRun, i: int, sparse: dict[str, Tensor]) -> Tensor:
         """Mean over channels of the squared error relative to the channel's norm over this sample's text."""
