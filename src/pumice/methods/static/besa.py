@@ -24,7 +24,6 @@ from pumice.methods.static.sparsegpt import inverse_factor
 from pumice.registry import method
 from pumice.sites import Site
 
-
 FAR = 16  # steps of `lr` that rows go
 
 
