@@ -26,12 +26,10 @@ SCRIPTS = {
     "glass": "`bench/prompt_level.py`",
     "width": "`pumice sparsify smollm2 --method width --out DIR`, in its table",
     "reap": "`pumice sparsify MODEL --method reap --out DIR`, in its table",
-    **{name: f"`pumice sparsify smollm2 --method {name,
-    "shadowllm": "`bench/contextual.py`",
-    "svd": "`bench/contextual.py`",
-    "cett": "`bench/activation.py`",
-} --out DIR`, in its table" for name in TOKEN},
+    **{name: f"`pumice sparsify smollm2 --method {name} --out DIR`, in its table" for name in TOKEN},
     "wanda": "`bench/larger_than_memory.py` and `bench/pruning.py`",
+    **dict.fromkeys(("shadowllm", "svd"), "`bench/contextual.py`"),
+    "cett": "`bench/activation.py`",
 }
 
 
