@@ -21,6 +21,7 @@ from pumice.forms.scores import (
     Static,
     Tokens,
     Uniform,
+    between,
 )
 from pumice.forms.select import Select, drop, live_together
 from pumice.forms.slim import Slim
@@ -45,6 +46,7 @@ __all__ = [
     "Tokens",
     "TopK",
     "Uniform",
+    "between",
     "collector",
     "decode",
     "drop",

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor
 
 from pumice.errors import PumiceError
 from pumice.forms.cuts import Sample, Threshold, TopK
 from pumice.forms.mask import Mask
-from pumice.forms.scores import (
-    Copied,
-    Factored,
-    Magnitude,
-    Predicted,
-    Projected,
-    PromptNorm,
-    RankFusion,
-    Static,
-    Uniform,
-)
+from pumice.forms.scores import Score
 from pumice.forms.select import Select
 from pumice.forms.slim import Slim
 
-SCORES = (PromptNorm, Static, RankFusion, Uniform, Magnitude, Projected, Predicted, Factored, Copied)
-TYPES = {t.__name__: t for t in (Mask, Slim, Select, *SCORES, TopK, Sample, Threshold)}
+TYPES = {t.__name__: t for t in (Mask, Slim, Select, *get_args(Score), TopK, Sample, Threshold)}
 
 
 def collector(tensors: dict[str, Tensor]):

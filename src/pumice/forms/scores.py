@@ -153,8 +153,7 @@ class Predicted:
         """[..., d] -> [..., rank], in the net's dtype."""
         x = x.to(self.first.dtype)
         if self.scaled:
-            low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
-            x = (x - low) / (high - low).clamp_min(1e-12)
+            x = between(x)
         z = F.linear(x, self.first, self.bias)
         return ACTIVATIONS[self.activation](z) if self.activation else z
 
@@ -215,3 +214,12 @@ class Copied:
         act = ACTIVATIONS[self.activation]
         a = act(tokens.near("gate")) * tokens.near("up") if self.gated else act(tokens.near("up"))
         return a.abs() if self.weight is None else a.abs() * self.weight.to(a)
+
+
+def between(x: Tensor) -> Tensor:
+    """Along the last axis from 0 at the least entry to 1 at the largest."""
+    low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+    return (x - low) / (high - low).clamp_min(1e-30)
+
+
+Score = PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected | Predicted | Factored | Copied

@@ -16,18 +16,7 @@ from torch import Tensor
 from pumice.budget import removed
 from pumice.errors import PumiceError
 from pumice.forms.cuts import Sample, Threshold, TopK
-from pumice.forms.scores import (
-    Copied,
-    Factored,
-    Magnitude,
-    Predicted,
-    Projected,
-    PromptNorm,
-    RankFusion,
-    Static,
-    Tokens,
-    Uniform,
-)
+from pumice.forms.scores import Predicted, Score, Tokens
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,7 +28,7 @@ class Select:
     tells (`score.source`), what it tells holds for `every` tokens, counted from the prompt's end, or 0: for all.
     """
 
-    score: PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected | Predicted | Factored | Copied
+    score: Score
     cut: TopK | Sample | Threshold
     units: int
     scope: Literal["prompt", "token"] = "prompt"

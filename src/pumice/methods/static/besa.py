@@ -104,7 +104,7 @@ class BESA(Budget):
                     bar.update()
 
     def rate(self, steps: int) -> float:
-        """The learning rate. Rows that go on as far as 64 steps of 0.05 take them fit their block and not the model.
+        """The learning rate. Rows that go as far as 64 steps of 0.05 take them go too far.
 
         SmolLM2, 50 %, 64 windows of WikiText-2, perplexity of 16: Wanda 80.0, 64 steps of 0.05 81.2, of 0.0125 69.2.
         """

@@ -23,7 +23,7 @@ from pumice.calib.stats import Inputs, SiteStats
 from pumice.calib.units import weights_of_unit
 from pumice.calib.work import Work
 from pumice.errors import PumiceError
-from pumice.forms import Select, TopK, live_together
+from pumice.forms import Select, TopK, between, live_together
 from pumice.registry import method
 from pumice.sites import Site
 
@@ -99,7 +99,7 @@ class ShadowLLM:
                 f"{self.criterion} gives numbers that are not finite on this text. Use another criterion."
             )
         sizes = [target.shape[1] for target in each]
-        targets = torch.cat([scaled(t) for t in each], 1) if self.scaled == "layer" else scaled(torch.cat(each, 1))
+        targets = torch.cat([between(t) for t in each], 1) if self.scaled == "layer" else between(torch.cat(each, 1))
         x = traced["x"][traced["at"]].float()
         net = fresh(x.shape[1], hidden, targets.shape[1], self.seed, affine=True, activation="relu", scaled=True,
                     least=self.recall, source=source.name)  # fmt: skip
@@ -200,12 +200,6 @@ class Ready:
         if kind not in self.lives:
             self.lives[kind] = live_together(self.forms[kind], self.x[held].float())
         return self.lives[kind]
-
-
-def scaled(t: Tensor) -> Tensor:
-    """Each row from 0 at its least entry to 1 at its largest."""
-    low, high = t.amin(1, keepdim=True), t.amax(1, keepdim=True)
-    return (t - low) / (high - low).clamp_min(1e-30)
 
 
 def spearman(one: Tensor, other: Tensor) -> float:
