@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/pumice demo
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -35,7 +35,7 @@ def demo(ladder: str, out: str, as_json: bool) -> None:
     def say(line: str) -> None:
         note.print(f"[{time.perf_counter() - begin:.0f} s] {line}")
 
-    say("SmolLM2-135M-Instruct, dense beside four kinds of sparse. About 5 minutes on 2 cores.")
+    say("SmolLM2-135M-Instruct, dense beside four kinds of sparse. 5 to 10 minutes on 2 cores.")
     loaded, _ = open_model("smollm2")
     windows = tokens("builtin", loaded.tokenizer, window=WINDOW, windows=SCORED, split="test", order="sequential")
     dense = {None: perplexity(loaded.model, windows, title="perplexity: dense")}
