@@ -70,9 +70,10 @@ def doors(model, edits):
 
 
 @torch.no_grad()
-def seen(model, names, ids=CALIBRATION):
+def seen(model, names, ids=CALIBRATION, before=()):
+    """What enters the modules when those of `before` run with their edits."""
     found = {}
-    with doors(model, {name: lambda x, name=name: found.setdefault(name, x) for name in names}):
+    with doors(model, {**dict(before), **{name: lambda x, name=name: found.setdefault(name, x) for name in names}}):
         model(ids)
     return found
 
@@ -91,8 +92,8 @@ def linears(model, family):
 @pytest.mark.parametrize("sparsity", [0.3, 0.6])
 def test_columns_go_by_the_formula(family, weighted, sparsity):
     model, edits = tiny(family), {}
-    for name, x in seen(model, linears(model, family)).items():
-        module = model.get_submodule(name)
+    for name in seen(model, linears(model, family)):  # as they run
+        x, module = seen(model, [name], before=edits)[name], model.get_submodule(name)
         weight = module.weight.detach().T if isinstance(module, Conv1D) else module.weight.detach()
         scale = weight.norm(dim=0) if weighted else 1.0
         tau = cut_of((x.abs() * scale).numpy(), sparsity)
@@ -160,8 +161,8 @@ SCORES = {"llama": swiglu(F.silu, False), "qwen3": swiglu(F.silu, False), "gemma
 def test_neurons_of_a_gated_ffn_go_by_the_formula(family, method):
     model, edits = tiny(family), {}
     names = [f"{name}.mlp" for name, _ in oracle.blocks(model, family)]
-    for name, x in seen(model, names).items():
-        mlp = model.get_submodule(name)
+    for name in names:
+        x, mlp = seen(model, [name], before=edits)[name], model.get_submodule(name)
         entered = {}
         tau = cut_of(SCORES[family](mlp, x)[method].numpy(), 0.4)
         edits[name] = lambda x, entered=entered: entered.setdefault("x", x)
@@ -180,8 +181,8 @@ def test_neurons_of_a_gated_ffn_go_by_the_formula(family, method):
 def test_neurons_without_a_gate_go_by_their_own_size(family):
     model, edits = tiny(family), {}
     downs = [f"{name}.{oracle.DOWN[family]}" for name, _ in oracle.blocks(model, family)]
-    for name, a in seen(model, downs).items():
-        tau = cut_of(a.abs().numpy(), 0.7)
+    for name in downs:
+        tau = cut_of(seen(model, [name], before=edits)[name].abs().numpy(), 0.7)
         edits[name] = lambda a, tau=tau: a * (a.abs() > tau)
     with doors(model, edits):
         expected = logits(model)
@@ -423,7 +424,8 @@ def test_fast_in_bf16(method, rows):
     plan = pumice.sparsify(model, method(sparsity=0.5), CALIBRATION, resume=False)
     twin = fast(model, plan)
     found, expected = steps(twin, ids).float(), steps(pumice.attach(model, plan, exec="reference"), ids).float()
-    assert (found - expected).norm() < 0.05 * expected.norm()
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.median() < 0.02 and error.max() < 0.2  # rounding moves a score past its threshold here or there
     assert all(selection.skipped for selection in twin.pumice.selections.values())
 
 
@@ -546,3 +548,15 @@ def test_a_twin_does_not_hold_the_model_that_it_was_made_of():
     del model
     gc.collect()
     assert weight() is None and steps(twin).isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "gpt_neox", "opt"])
+@pytest.mark.parametrize("method", [Teal, Cats, LowBit])
+def test_the_calibration_text_runs_at_the_sparsity_that_was_asked_for(family, method):
+    """In every site, as the sparse model runs it: what comes before a threshold was sparse when it was measured."""
+    model = tiny(family)
+    twin, plan = sparse(model, method(sparsity=0.6, first=0))
+    twin.pumice.counting = True
+    logits(twin, CALIBRATION)
+    for name, selection in twin.pumice.selections.items():
+        assert selection.counter.density == pytest.approx(1 - plan.select[name].sparsity, abs=1e-3), name

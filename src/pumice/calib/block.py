@@ -61,20 +61,19 @@ class BlockRun:
     notes: list[str]
     before: dict[str, Form] = field(default_factory=dict)
     budget: Mapping[str, float] = field(default_factory=dict)
-    measure: Callable[[list[Site], tuple[type, ...], dict[str, Tensor]], dict] | None = None
+    measure: Callable[[list[Site], tuple[type, ...], dict[str, Form]], dict] | None = None
 
-    def in_order(self, needs: tuple[type, ...], solve: Callable[[Site, SiteStats], Mask]) -> dict[str, Mask]:
-        """Decide input by input, each measured when the matrices before it in the block have their new values.
+    def in_order(self, needs: tuple[type, ...], solve: Callable[[Site, SiteStats], Form]) -> dict[str, Form]:
+        """Decide input by input, each measured when what comes before it in the block runs by its form.
 
         Experts of a block count as side by side.
         """
-        solved: dict[str, Mask] = {}
+        solved: dict[str, Form] = {}
         stages: dict[str, list[Site]] = {}
         for site in self.sites:
             stages.setdefault(re.sub(r"\[\d+\]", "", site.input), []).append(site)
         for sites in stages.values():
-            new = {s.name: solved[s.name].reference(s.weight) for s in self.sites if s.name in solved}
-            now = self.measure(sites, needs, new)
+            now = self.measure(sites, needs, solved)
             for site in sites:
                 solved[site.name] = solve(site, SiteStats(site, now, self.before.get(site.name), self.notes))
         return solved

@@ -20,6 +20,7 @@ from pumice.arch.detect import Arch
 from pumice.arch.trace import Call, first_call, hidden_of, quiet, trace
 from pumice.calib import parallel
 from pumice.calib.block import BlockRun, Samples
+from pumice.calib.chosen import choosing, chosen_by_token
 from pumice.calib.data import Windows
 from pumice.calib.journal import Journal
 from pumice.calib.spill import Spill
@@ -132,19 +133,26 @@ def _one_block(
         if site.kind in ("ffn", "heads"):  # a router that has fewer experts is not made here
             _silence(site, form)
     if replays is not None:
-        replays.streams["sparse"] = replays.run(block, "sparse") if masks or slims else outputs
+        with choosing(block, solved, partial(getattr, replays, "valid")):
+            again = masks or slims or any(map(chosen_by_token, solved.values()))
+            replays.streams["sparse"] = replays.run(block, "sparse") if again else outputs
         if "dense" in replays.streams:
             replays.streams["dense"] = dense
         _check_finite(block, replays.streams["sparse"])  # after the sites, whose own errors say more
     return solved
 
 
-def _measure(run: BlockRun, replays: Replays, sites: list[Site], needs, matrices: dict[str, Tensor]) -> dict:
-    """Statistics of the inputs of `sites` with other matrices in the block, by site name."""
+def _measure(run: BlockRun, replays: Replays, sites: list[Site], needs, forms: dict[str, Form]) -> dict:
+    """Statistics of the inputs of `sites` when the block runs by `forms` and the masks before them."""
     collected: dict[tuple[str, type], Stat] = {}
     both = any(getattr(need, "paired", False) for need in needs)
-    parameters = run.parameters(matrices)
-    with collecting(run.block, sites, needs, collected, replays) as until_read:
+    masks = {name: form for name, form in forms.items() if isinstance(form, Mask)}
+    parameters = run.parameters({s.name: masks[s.name].reference(s.weight) for s in run.sites if s.name in masks})
+    valid = partial(getattr, replays, "valid")
+    with (
+        choosing(run.block, {**run.before, **forms}, valid),
+        collecting(run.block, sites, needs, collected, replays) as until_read,
+    ):
         for group in range(len(replays.groups)):
             if both:
                 until_read(lambda group=group: replays.forward(run.block, group, "dense"))

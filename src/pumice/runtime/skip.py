@@ -67,7 +67,7 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
         return None
     selection.timed = True
     if site.whole and _tells(site, form.score):
-        return _neurons(site, form, modules, selection.copy, always)
+        return _neurons(site, form, modules, selection.seen.copy, always)
     if isinstance(form.score, Copied):
         return None  # computing the copies' scores in torch takes longer than what `down` alone saves
     return _columns(site, form, modules, always)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from pumice.errors import PumiceError
 from pumice.forms import Copied, Factored, Magnitude, Mask, Predicted, Select, Tokens, drop
-from pumice.kernels.near import Near
+from pumice.kernels.seen import Seen
 from pumice.runtime.counters import Counter
 from pumice.runtime.skip import Skipping, skipping
 from pumice.runtime.tree import respliced
@@ -36,13 +35,15 @@ class TokenSelection:
     form: Select
     runtime: Runtime
     counter: Counter = field(default_factory=Counter)
-    seen: dict[str, Tensor] = field(default_factory=dict)  # of the running forward: role -> output, `entry` -> input
-    copies: dict[str, Near] = field(default_factory=dict)  # of the site's matrices, by role
+    seen: Seen = field(init=False)
     skip: Skipping | None = None
     timed: bool = False  # whether a kernel was compared with dense
     skipped: bool = False  # whether the last sparse tokens ran on the kernel
     calls: int = 0  # of the kernel
     units_read: int = 0  # by these calls
+
+    def __post_init__(self) -> None:
+        self.seen = Seen(self.site)
 
     @property
     def ran(self) -> str:
@@ -90,7 +91,7 @@ class TokenSelection:
             axis = 1 if role == self.site.out_role else 0
             whole = found.get(part.view.parameter, Store(matrix).bytes)
             mine = Store(matrix).bytes * self.form.units * part.width / matrix.shape[axis]
-            copied = self.copies[role].store.bytes if role in self.copies else 0
+            copied = self.seen.copies[role].store.bytes if role in self.seen.copies else 0
             found[part.view.parameter] = whole - mine * (1 - density) + copied
         return {name: round(size) for name, size in found.items()}
 
@@ -102,7 +103,7 @@ class TokenSelection:
             self.count(step.valid, sparse, None)
             return a
         rows = a.reshape(*step.shape, -1)
-        live = self.live(lambda: self.tokens(rows))
+        live = self.live(lambda: self.seen.tokens(rows))
         self.count(step.valid, sparse, live)
         everywhere = torch.ones_like(step.valid) if sparse is None else sparse
         return drop(rows, live, everywhere.to(a.device)).reshape(a.shape)
@@ -115,27 +116,6 @@ class TokenSelection:
         live = self.form.live_of(Tokens(a=lambda: a[:, None]))
         self.count(valid, sparse, live)
         return drop(a[:, None], live, torch.ones_like(valid) if sparse is None else sparse)[:, 0]
-
-    def tokens(self, a: Tensor) -> Tokens:
-        shape = a.shape[:2]
-        return Tokens(
-            a=lambda: a,
-            x=lambda: self.seen["entry"].reshape(*shape, -1),
-            parts={role: partial(self.part, role, shape) for role in self.site.in_roles},
-            near=lambda role: self.copy(role).reference(self.seen["entry"].reshape(*shape, -1)),
-        )
-
-    def copy(self, role: str) -> Near:
-        """The low-bit copy of one of the site's matrices, made once."""
-        if role not in self.copies:
-            self.copies[role] = Near.of(self.site, role)
-        return self.copies[role]
-
-    def part(self, role: str, shape: tuple[int, int]) -> Tensor:
-        """What a matrix gave for the units, [B, T, units·width]."""
-        part = self.site.parts[role]
-        whole = self.seen[part.module].reshape(*shape, -1)
-        return whole[..., part.index(torch.arange(self.form.units, device=whole.device))]
 
     def count(self, valid: Tensor, sparse: Tensor | None, live: Tensor | None) -> None:
         if not self.runtime.counting:
@@ -205,8 +185,8 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
     def noting(name: str, dense: Callable, entry: bool) -> Callable:
         def forward(x: Tensor, *args, **kwargs) -> Tensor:
             if entry:
-                selection.seen["entry"] = x
-            selection.seen[name] = y = dense(x, *args, **kwargs)
+                selection.seen.entry = x
+            selection.seen.outputs[name] = y = dense(x, *args, **kwargs)
             return y
 
         return forward
@@ -236,9 +216,8 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
     if skip is not None and skip.whole:
         replaced[skip.at] = stand_in = respliced(get(skip.at), standing_in(get(skip.at).forward))
     if not isinstance(selection.form.score, Magnitude) and not _told(selection.form):
-        first = site.parts[site.in_roles[0]].module  # reads what the units are made from, as others may too
         asked = [site.in_roles[0]] if isinstance(selection.form.score, (Predicted, Factored)) else site.in_roles
         for name in {site.parts[role].module for role in asked}:
-            replaced[name] = respliced(get(name), noting(name, get(name).forward, name == first))
+            replaced[name] = respliced(get(name), noting(name, get(name).forward, name == selection.seen.first))
     replaced[out] = respliced(get(out), editing(get(out).forward))
     return replaced

@@ -19,6 +19,7 @@ class Cats:
     sparsity: float = 0.5
     first: int = 1  # tokens at the start of a sequence that stay dense
     needs = (Entries,)
+    sequential = True  # of what the sparse model before it makes
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
         score = Projected(role=site.in_roles[0], activation=site.activation)

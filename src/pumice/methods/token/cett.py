@@ -27,6 +27,7 @@ class Cett:
     error: float = 0.2  # the cumulative error of tail truncation, 0 … 1
     first: int = 1  # tokens at the start of a sequence that stay dense
     needs = (Inputs,)
+    sequential = True  # of what the sparse model before it makes
 
     def __post_init__(self) -> None:
         if isinstance(self.error, bool) or not 0.0 <= self.error <= 1.0:

@@ -21,6 +21,7 @@ class Countdown:
     weighted: bool = True
     first: int = 1  # tokens at the start of a sequence that stay dense
     needs = (Entries,)
+    sequential = True  # of what the sparse model before it makes
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
         if "gate" not in site.parts:

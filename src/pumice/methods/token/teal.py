@@ -14,11 +14,12 @@ from pumice.sites import Site
 
 @method("teal", kinds=["linear"])
 class Teal:
-    """The quantile is of |x| itself: the paper's code takes x to be symmetric, and misses where it is not."""
+    """The quantile is of |x| itself and of what the sparse model makes: the paper's code takes x to be symmetric."""
 
     sparsity: float = 0.5
     first: int = 1  # tokens at the start of a sequence that stay dense
     needs = (Inputs,)
+    sequential = True  # of what the sparse model before it makes
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
         return by_threshold(Magnitude(units=site.channels), site, stats, self.sparsity, self.first)

@@ -19,6 +19,7 @@ class Wina:
     sparsity: float = 0.5
     first: int = 1  # tokens at the start of a sequence that stay dense
     needs = (Inputs,)
+    sequential = True  # of what the sparse model before it makes
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
         score = Magnitude(units=site.channels, weight=site.weight.norm(dim=0))
