@@ -1,11 +1,15 @@
 """Claim: at equal bytes a token, 4-bit copies choose neurons better than an open gate does (CATS).
 
-    python bench/contextual.py --test FILE --c4 FILE [--model MODEL] [--name NAME] [--only TEXT]      an hour
-    python bench/contextual.py --table                                                               the table alone
+    python bench/contextual.py --test FILE --c4 FILE [--model MODEL] [--name NAME] [--only TEXT] [--tasks DIR]   hours
+    python bench/contextual.py --table                                                                  the table alone
 
 Thresholds calibrated on 16 × 512 tokens of C4, perplexity on 64 windows of 512 of WikiText-2 test, every position but
-the first sparse. Every method is asked for the sparsity at which its FFNs, in 16 bits a weight, read the same share of
-their bytes on the calibration text:
+the first sparse; on 16 of the windows also the KL to dense and how often both say the same token. With `--tasks`, the
+first 100 documents each of LAMBADA, PIQA, HellaSwag and ARC-easy (of lm-eval, files in DIR), at two thirds of the bytes
+alone: the context as a prompt, dense, and the answer as decoded, sparse; differences to dense are paired.
+
+Every method is asked for the sparsity at which its FFNs, in 16 bits a weight, read the same share of their bytes on the
+calibration text:
 
     cats, countdown   1 - 2s/3      one of three matrices whole, the live neurons of the others
     lowbit            1 - s + 2/3 · 4.5/16
@@ -31,21 +35,26 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from torch import nn
 
 import pumice
 from pumice import recipe
 from pumice.arch.detect import detect
 from pumice.calib.data import tokens
 from pumice.disk import write
+from pumice.eval.agreement import agreement
 from pumice.eval.perplexity import combine, paired_ratio, perplexity
+from pumice.eval.tasks import TaskScores, paired_difference, task_scores
 from pumice.methods.token.shadowllm import SHARE
 from pumice.report.rows import machine
 
 RESULTS = Path(__file__).parent / "results" / "contextual.json"
 COPIES = 2 / 3 * 4.5 / 16  # bytes of the copies over those of the FFN
 SHARES = (2 / 3, 0.8, 0.5)  # of the FFN's bytes
+TASKS = {"local_lambada": "acc", "local_piqa": "acc_norm", "local_hellaswag": "acc_norm", "local_arc_easy": "acc_norm"}
 PARTS = ("recall", "precision", "captured")
 CRITERIA = ("plainact", "l2_norm", "grad_norm", "fisher", "snip", "grasp", "nwot")  # the other two are of heads
 NETS = {"dejavu": ("dejavu", {}), "shadowllm, global": ("shadowllm", {"style": "global"})}
@@ -92,7 +101,21 @@ def bytes_of(method: str, model) -> Bytes:
     }.get(method, Bytes())
 
 
-def run(model, name: str, share: float, text, test) -> dict:
+def scores_on_tasks(runner: nn.Module, tokenizer, folder: str) -> TaskScores:
+    return task_scores(runner, tokenizer, list(TASKS), include=folder, limit=100, shots=0, batch=8)
+
+
+def against(found: TaskScores, dense: TaskScores) -> dict:
+    """task -> its score, dense, and the paired difference with its 95 % interval."""
+    rows = {}
+    for task, metric in TASKS.items():
+        pair = (each.documents[task][metric] for each in (found, dense))
+        numbers = (found.scores[task][metric][0], dense.scores[task][metric][0], *paired_difference(*pair))
+        rows[f"{task}, {metric}"] = [round(number, 4) for number in numbers]
+    return rows
+
+
+def run(model, name: str, share: float, text, test, on_tasks) -> dict:
     method, settings = METHODS[name]
     cost = bytes_of(method, model)
     settings = {"sparsity": round(cost.sparsity(share), 4), **settings}
@@ -102,6 +125,8 @@ def run(model, name: str, share: float, text, test) -> dict:
     found = perplexity(twin, test)
     densities = [selection.counter.density for selection in twin.pumice.selections.values()]
     density = statistics.mean(densities)
+    some = replace(test, ids=test.ids[:16], valid=test.valid[:16])
+    alike = agreement(model, twin, some)
     nets = [form.score for form in plan.select.values() if hasattr(form.score, "recall")]
     found_by_nets = {part: round(statistics.mean(getattr(net, part) for net in nets), 4) for part in PARTS if nets}
     return {
@@ -111,7 +136,10 @@ def run(model, name: str, share: float, text, test) -> dict:
         "density": round(density, 4),
         "density_of_sites": [round(min(densities), 4), round(max(densities), 4)],
         "bytes": round(cost.read(density), 4),
+        "kl": round(alike.kl, 4),
+        "same_token": round(alike.same, 4),
         **found_by_nets,
+        **({"tasks": on_tasks(twin)} if on_tasks and share == SHARES[0] else {}),
         "losses": [round(loss, 6) for loss in found.losses],
     }
 
@@ -141,6 +169,7 @@ def table(data: dict) -> str:
     for name, model in data["models"].items():
         lines += [f"\n{name}, dense {model['perplexity']:.2f}\n"]
         header = ["method", "sparsity", "live", "bytes of the FFN", "perplexity", "× dense [95 %]", "loss / CATS's"]
+        header += ["KL", "same token"]
         lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for row in sorted(model["rows"].values(), key=lambda row: (-row["share"], row["perplexity"])):
             bytes_read = "oracle" if row["method"] == "contribution" else f"{row['bytes']:.3f}"
@@ -148,8 +177,29 @@ def table(data: dict) -> str:
             ratio = f"{row['ratio_to_dense'][0]:.3f} [{low:.3f}, {high:.3f}]"
             cells = [row["method"], f"{row['sparsity']:.3f}", f"{row['density']:.3f}", bytes_read]
             cells += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", ratio, row.get("loss_over_that_of_cats", "")]
+            cells += [f"{row['kl']:.3f}", f"{row['same_token']:.3f}"]
             lines.append(f"| {' | '.join(map(str, cells))} |")
+        lines += table_of_tasks(model["rows"])
     return "\n".join(lines)
+
+
+def table_of_tasks(rows: dict) -> list[str]:
+    rows = [row for row in rows.values() if "tasks" in row]
+    if not rows:
+        return []
+    names = list(rows[0]["tasks"])
+    dense = [f"{rows[0]['tasks'][name][1]:.2f}" for name in names]
+    lines = [
+        "",
+        f"| method | {' | '.join(names)} |",
+        "|---" * (len(names) + 1) + "|",
+        f"| dense | {' | '.join(dense)} |",
+    ]
+    for row in rows:
+        found = [row["tasks"][name] for name in names]
+        cells = [f"{one[0]:.2f} ({one[2]:+.2f} [{one[3]:+.2f}, {one[4]:+.2f}])" for one in found]
+        lines.append(f"| {row['method']} | {' | '.join(cells)} |")
+    return lines
 
 
 def main() -> None:
@@ -159,6 +209,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="a name, a folder or a .gguf file")
     parser.add_argument("--name", help="what the results call the model; default: its own")
     parser.add_argument("--only", default="", help="rows whose key holds this: `lowbit`, `0.6667`")
+    parser.add_argument("--tasks", help="a folder of lm-eval's task files")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
@@ -175,12 +226,19 @@ def main() -> None:
         data["machine"] = machine()
         if "dense" not in mine:
             mine["dense"] = [round(loss, 6) for loss in perplexity(model, test).losses]
+        on_tasks = None
+        if options.tasks:
+            dense = scores_on_tasks(model, tokenizer, options.tasks)
+
+            def on_tasks(twin: nn.Module) -> dict:
+                return against(scores_on_tasks(twin, tokenizer, options.tasks), dense)
+
         for share in SHARES:
             for method in METHODS:
                 key = f"{method} {round(share, 4):.4g}"
                 if key in mine["rows"] or options.only not in key:
                     continue
-                mine["rows"][key] = run(model, method, share, text, test)
+                mine["rows"][key] = run(model, method, share, text, test, on_tasks)
                 save()
                 print(key, mine["rows"][key]["perplexity"], mine["rows"][key]["bytes"], flush=True)
     print(table(finished(data)))
