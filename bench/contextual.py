@@ -1,7 +1,7 @@
 """Claim: at equal bytes a token, 4-bit copies choose neurons better than an open gate does (CATS).
 
-    python bench/contextual.py --test FILE --c4 FILE [--model MODEL] [--name NAME] [--only TEXT] [--tasks DIR]   hours
-    python bench/contextual.py --table                                                                  the table alone
+    python bench/contextual.py --test FILE --c4 FILE [--model MODEL] [--name NAME] [--only REGEX] [--tasks DIR]  hours
+    python bench/contextual.py --table                                                                   the table alone
 
 Thresholds calibrated on 16 × 512 tokens of C4, perplexity on 64 windows of 512 of WikiText-2 test, every position but
 the first sparse; on 16 of the windows also the KL to dense and how often both say the same token. With `--tasks`, the
@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,7 +209,9 @@ def main() -> None:
     parser.add_argument("--c4", help="C4 text: a .jsonl (PATH#field) or text file")
     parser.add_argument("--model", default="smollm2", help="a name, a folder or a .gguf file")
     parser.add_argument("--name", help="what the results call the model; default: its own")
-    parser.add_argument("--only", default="", help="rows whose key holds this: `lowbit`, `0.6667`")
+    parser.add_argument(
+        "--only", default="", help="rows whose key this expression finds: `lowbit`, `(cats|teal) 0.6667`"
+    )
     parser.add_argument("--tasks", help="a folder of lm-eval's task files")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
@@ -236,7 +239,7 @@ def main() -> None:
         for share in SHARES:
             for method in METHODS:
                 key = f"{method} {round(share, 4):.4g}"
-                if key in mine["rows"] or options.only not in key:
+                if key in mine["rows"] or not re.search(options.only, key):
                     continue
                 mine["rows"][key] = run(model, method, share, text, test, on_tasks)
                 save()
