@@ -1,4 +1,4 @@
-"""Claim: at equal bytes a token, 4-bit copies choose neurons better than an open gate does (CATS).
+"""Claim: at equal bytes a token, low-bit copies and high bits choose neurons better than an open gate does (CATS).
 
     python bench/contextual.py --test FILE --c4 FILE [--model MODEL] [--name NAME] [--only REGEX] [--tasks DIR]  hours
     python bench/contextual.py --table                                                                   the table alone
@@ -18,6 +18,12 @@ calibration text:
     svd               1 - s + its factors, of rank d/8 in every layer
     dejavu            1 - s + its nets, of rank d/8 in every layer
     shadowllm         the same, of the layers after the first, + its net, at the most 2 % of the model's weights
+
+and the same in the codes that the model was stored in (`native`), where CATS at 50 % sets the share:
+
+    cats              gate whole, live rows of `up`, the scales of `down` (32 neurons share one) and its live columns
+    planes            the high 2 bits and the scales of gate and up, the scales of `down`; of live neurons all the rest
+    contribution      as planes: the bound of what any choice could keep for these bytes
 
 `bytes` is what the achieved share of live units on the test text then reads. Ratios are to dense, paired bootstrap over
 windows. Each row is added to the results when it is done; a killed bench goes on.
@@ -54,20 +60,25 @@ from pumice.report.rows import machine
 
 RESULTS = Path(__file__).parent / "results" / "contextual.json"
 COPIES = 2 / 3 * 4.5 / 16  # bytes of the copies over those of the FFN
-SHARES = (2 / 3, 0.8, 0.5)  # of the FFN's bytes
+SHARES = (0.6667, 0.8, 0.5)  # of the FFN's bytes; in the first CATS keeps half of the neurons
 TASKS = {"local_lambada": "acc", "local_piqa": "acc_norm", "local_hellaswag": "acc_norm", "local_arc_easy": "acc_norm"}
 PARTS = ("recall", "precision", "captured")
+# bits of a weight's code and of its share of scales: gate and up, down (Gemma: Q6_K in half of its blocks, else Q4_K)
+NATIVE = {"smollm2": ((4, 1), (4, 1)), "gemma-3-270m": ((5, 0.5), (5, 0.53125))}
+HIGH = 2
 CRITERIA = ("plainact", "l2_norm", "grad_norm", "fisher", "snip", "grasp", "nwot")  # the other two are of heads
 NETS = {"dejavu": ("dejavu", {}), "shadowllm, global": ("shadowllm", {"style": "global"})}
 NETS |= {f"shadowllm, {name}": ("shadowllm", {"style": "layer", "criterion": name}) for name in CRITERIA}
 METHODS = {
     "cats": ("cats", {}),
+    "cats, compensated": ("cats", {"compensate": True}),
     "lowbit": ("lowbit", {}),
     "contribution": ("contribution", {}),
     "countdown": ("countdown", {}),
     "wina": ("wina", {"where": "*mlp*"}),
     "teal": ("teal", {"where": "*mlp*"}),
     "svd": ("svd", {}),
+    "planes": ("planes", {"bits": HIGH}),
     **{name: (method, settings | {"recall": 0.0}) for name, (method, settings) in NETS.items()},
 }
 
@@ -84,6 +95,15 @@ class Bytes:
 
     def sparsity(self, share: float) -> float:
         return 1 - (share - self.whole) / self.part
+
+
+def native_bytes(method: str, name: str) -> Bytes:
+    """Of the FFN in the codes that the model was stored in."""
+    (code, scale), (down, shared) = NATIVE[name]
+    whole = 2 * (code + scale) + down + shared
+    if method == "cats":
+        return Bytes((code + scale + shared) / whole, (code + scale + down) / whole)
+    return Bytes((2 * (HIGH + scale) + shared) / whole, (2 * (code - HIGH) + down) / whole)
 
 
 def bytes_of(method: str, model) -> Bytes:
@@ -116,9 +136,8 @@ def against(found: TaskScores, dense: TaskScores) -> dict:
     return rows
 
 
-def run(model, name: str, share: float, text, test, on_tasks) -> dict:
+def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> dict:
     method, settings = METHODS[name]
-    cost = bytes_of(method, model)
     settings = {"sparsity": round(cost.sparsity(share), 4), **settings}
     plan = pumice.sparsify(model, recipe.build(method, settings), text, resume=False, check=False)
     twin = plan.attach(model, exec="reference")
@@ -132,7 +151,7 @@ def run(model, name: str, share: float, text, test, on_tasks) -> dict:
     found_by_nets = {part: round(statistics.mean(getattr(net, part) for net in nets), 4) for part in PARTS if nets}
     return {
         "method": name,
-        "share": round(share, 4),
+        "share": share,
         **settings,
         "density": round(density, 4),
         "density_of_sites": [round(min(densities), 4), round(max(densities), 4)],
@@ -140,7 +159,7 @@ def run(model, name: str, share: float, text, test, on_tasks) -> dict:
         "kl": round(alike.kl, 4),
         "same_token": round(alike.same, 4),
         **found_by_nets,
-        **({"tasks": on_tasks(twin)} if on_tasks and share == SHARES[0] else {}),
+        **({"tasks": on_tasks(twin)} if on_tasks else {}),
         "losses": [round(loss, 6) for loss in found.losses],
     }
 
@@ -154,7 +173,7 @@ def finished(data: dict) -> dict:
             mine = scored(row["losses"])
             row["perplexity"], row["error"] = round(mine.perplexity, 3), round(mine.standard_error, 3)
             row["ratio_to_dense"] = [round(part, 4) for part in paired_ratio(mine, dense)]
-            cats = model["rows"].get(f"cats {row['share']:.4g}")
+            cats = model["rows"].get(f"cats {row['share']:.4g}" if row["share"] in SHARES else "cats 0.6667")
             if cats is not None and "perplexity" in cats:
                 loss = cats["perplexity"] - dense.perplexity
                 row["loss_over_that_of_cats"] = round((mine.perplexity - dense.perplexity) / loss, 3)
@@ -236,14 +255,20 @@ def main() -> None:
             def on_tasks(twin: nn.Module) -> dict:
                 return against(scores_on_tasks(twin, tokenizer, options.tasks), dense)
 
-        for share in SHARES:
-            for method in METHODS:
-                key = f"{method} {round(share, 4):.4g}"
-                if key in mine["rows"] or not re.search(options.only, key):
-                    continue
-                mine["rows"][key] = run(model, method, share, text, test, on_tasks)
-                save()
-                print(key, mine["rows"][key]["perplexity"], mine["rows"][key]["bytes"], flush=True)
+        todo = [(f"{method} {share:.4g}", method, bytes_of(METHODS[method][0], model), share)
+                for share in SHARES for method in METHODS if method != "planes"]  # fmt: skip
+        if (name := options.name or options.model) in NATIVE:
+            share = native_bytes("cats", name).read(0.5)
+            todo += [
+                (f"{method} native", method, native_bytes(method, name), share) for method in ("planes", "contribution")
+            ]  # fmt: skip
+        for key, method, cost, share in todo:
+            if key in mine["rows"] or not re.search(options.only, key):
+                continue
+            headline = share not in SHARES[1:]
+            mine["rows"][key] = run(model, method, cost, share, text, test, on_tasks if headline else None)
+            save()
+            print(key, mine["rows"][key]["perplexity"], mine["rows"][key]["bytes"], flush=True)
     print(table(finished(data)))
 
 

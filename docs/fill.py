@@ -28,7 +28,7 @@ SCRIPTS = {
     "reap": "`pumice sparsify MODEL --method reap --out DIR`, in its table",
     **{name: f"`pumice sparsify smollm2 --method {name} --out DIR`, in its table" for name in TOKEN},
     "wanda": "`bench/larger_than_memory.py` and `bench/pruning.py`",
-    **dict.fromkeys(("shadowllm", "svd"), "`bench/contextual.py`"),
+    **dict.fromkeys(("shadowllm", "svd", "planes"), "`bench/contextual.py`"),
     "cett": "`bench/activation.py`",
 }
 
@@ -128,21 +128,38 @@ def _contextual(name: str) -> list[str]:
     data = _read("contextual.json")
     tables = []
     for model, found in data["models"].items() if data else ():
-        rows = [row for row in found["rows"].values() if row["method"].partition(",")[0] == name]
+        rows = {key: row for key, row in found["rows"].items() if row["method"].partition(",")[0] == name}
         if rows:
             title = (
                 f"`python bench/contextual.py`: {model}, calibrated on C4, 64 windows of 512 of WikiText-2 test; "
-                f"dense {found['perplexity']:.2f}. Bytes are of the FFN in 16 bits a weight."
+                f"dense {found['perplexity']:.2f}. Bytes are of the FFN, in 16 bits a weight or (`native`) in the codes that "
+                "it was stored in. KL to dense and same token on 16 of the windows."
             )
             cells = []
-            for row in rows:
+            for key, row in rows.items():
                 ratio, low, high = row["ratio_to_dense"]
                 read = "the bound" if name == "contribution" else f"{row['bytes']:.3f}"
-                cells.append([f"{row['sparsity']:.3f}", f"{row['density']:.3f}", read])
+                cells.append([key, f"{row['sparsity']:.3f}", f"{row['density']:.3f}", read])
                 cells[-1] += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", f"{ratio:.3f} [{low:.3f}, {high:.3f}]"]
-            header = ["sparsity asked", "live on the test", "bytes", "perplexity", "over dense, 95 %"]
+                cells[-1] += [f"{row['kl']:.3f}", f"{row['same_token']:.3f}"]
+            header = ["row", "sparsity asked", "live on the test", "bytes", "perplexity", "over dense, 95 %"]
+            header += ["KL", "same token"]
             tables.append(_table(title, header, cells))
+            tables += _tasks(rows)
     return tables
+
+
+def _tasks(rows: dict) -> list[str]:
+    scored = {key: row["tasks"] for key, row in rows.items() if "tasks" in row}
+    if not scored:
+        return []
+    names = list(next(iter(scored.values())))
+    cells = [
+        [key, *(f"{s:.2f} for {d:.2f} ({diff:+.2f} [{low:+.2f}, {high:+.2f}])" for s, d, diff, low, high in
+                (row[name] for name in names))]
+        for key, row in scored.items()
+    ]  # fmt: skip
+    return [_table("The first 100 documents of each task, sparse for dense:", ["row", *names], cells)]
 
 
 def _decides(row: dict, name: str) -> bool:

@@ -55,7 +55,14 @@ def _hooks(site: Site, form: Select, modules: dict[str, nn.Module], valid: Calla
         seen.clear()
         return (drop(rows, live, counted.cumsum(1) > form.first).reshape(a.shape), *rest), kwargs
 
-    handles = [modules[site.parts[site.out_role].module].register_forward_pre_hook(edit, with_kwargs=True)]
+    def stand_in(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
+        late = (valid().cumsum(1) > form.first).reshape(*out.shape[:-1], 1).to(out.device)
+        return out + late * form.rest.to(out)
+
+    last = modules[site.parts[site.out_role].module]
+    handles = [last.register_forward_pre_hook(edit, with_kwargs=True)]
+    if form.rest is not None:
+        handles.append(last.register_forward_hook(stand_in))
     if not isinstance(form.score, Magnitude):
         names = {site.parts[role].module for role in site.in_roles}
         handles += [modules[name].register_forward_hook(note(name), with_kwargs=True) for name in names]

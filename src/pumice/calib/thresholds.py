@@ -11,18 +11,27 @@ from pumice.calib.units import weights_of_unit
 from pumice.errors import PumiceError
 from pumice.forms import Select, Threshold, Tokens
 from pumice.kernels.near import Near
+from pumice.kernels.planes import High
 from pumice.sites import Site
 
 
-def by_threshold(score, site: Site, stats: SiteStats, sparsity: float, first: int = 0) -> Select:
-    """The Select of scope `token` that removes `sparsity` of the site's units on the calibration text."""
+def by_threshold(score, site: Site, stats: SiteStats, sparsity: float, first: int = 0, *,
+                 compensate: bool = False) -> Select:  # fmt: skip
+    """The Select of scope `token` that removes `sparsity` of the site's units on the calibration text.
+
+    `compensate`: the mean of what is dropped takes its place (as arXiv:2312.11983 does for what a plan removes).
+    """
     scores = score.of_tokens(tokens_of(site, stats))
     try:
         cut = Threshold.removing(scores, sparsity)
     except PumiceError as error:
         raise PumiceError(f"{site.name} (block {site.block}): {error}") from error
     weights = site.matrix().shape[0] if site.kind == "linear" else weights_of_unit(site)
-    return Select(score=score, cut=cut, units=site.channels, scope="token", first=first, weights=weights)
+    rest = None
+    if compensate:
+        dropped = (stats[Inputs] * ~cut.keep(scores)).mean(0)  # the same tokens as those of the scores
+        rest = F.linear(dropped, site.weight_of("down"))
+    return Select(score=score, cut=cut, units=site.channels, scope="token", first=first, weights=weights, rest=rest)
 
 
 def tokens_of(site: Site, stats: SiteStats) -> Tokens:
@@ -47,4 +56,8 @@ def tokens_of(site: Site, stats: SiteStats) -> Tokens:
         alone(role)
         return Near.of(site, role).reference(stats[Entries])
 
-    return Tokens(a=lambda: stats[Inputs], x=lambda: stats[Entries], parts=parts, near=near)
+    def high(role: str, bits: int) -> tuple[Tensor, Tensor]:
+        alone(role)
+        return High.of(site, role, bits).reference(stats[Entries])
+
+    return Tokens(a=lambda: stats[Inputs], x=lambda: stats[Entries], parts=parts, near=near, high=high)

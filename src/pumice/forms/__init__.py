@@ -13,6 +13,7 @@ from pumice.forms.mask import Mask
 from pumice.forms.scores import (
     Copied,
     Factored,
+    HighBits,
     Magnitude,
     Predicted,
     Projected,
@@ -32,6 +33,7 @@ __all__ = [
     "Copied",
     "Factored",
     "Form",
+    "HighBits",
     "Magnitude",
     "Mask",
     "Predicted",

@@ -35,11 +35,14 @@ class Select:
     batch: Literal["sequence", "shared"] = "sequence"
     first: int = 0
     every: int = 1
+    rest: Tensor | None = None  # [out]: what stands for the units that a token drops, with scope `token`
     weights: int = 1  # of one unit, so that the sparsities of sites of several kinds add up
 
     def __post_init__(self) -> None:
         if (self.scope == "token") != hasattr(self.score, "of_tokens"):
             raise PumiceError(f"{type(self.score).__name__} is no score of scope {self.scope}.")
+        if self.rest is not None and self.scope == "prompt":
+            raise PumiceError("what stands for dropped units is of scope token.")
         if self.scope == "prompt" and isinstance(self.cut, Threshold):
             raise PumiceError("a Threshold is a cut of scope token; a prompt chooses a number of units.")
         if isinstance(self.score, Predicted) and len(self.score.second) * self.score.group != self.units:

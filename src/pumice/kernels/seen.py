@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pumice.forms import Tokens
 from pumice.kernels.near import Near
+from pumice.kernels.planes import High
 from pumice.sites import Site
 
 
@@ -21,6 +22,7 @@ class Seen:
     entry: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)  # by module
     copies: dict[str, Near] = field(default_factory=dict)  # by role
+    planes: dict[tuple[str, int], High] = field(default_factory=dict)  # by role and bits
 
     @property
     def first(self) -> str:
@@ -35,12 +37,18 @@ class Seen:
             x=lambda: self.entry.reshape(*shape, -1),
             parts={role: partial(self.part, role, shape) for role in self.site.in_roles},
             near=lambda role: self.copy(role).reference(self.entry.reshape(*shape, -1)),
+            high=lambda role, bits: self.high(role, bits).reference(self.entry.reshape(*shape, -1)),
         )
 
     def copy(self, role: str) -> Near:
         if role not in self.copies:
             self.copies[role] = Near.of(self.site, role)
         return self.copies[role]
+
+    def high(self, role: str, bits: int) -> High:
+        if (role, bits) not in self.planes:
+            self.planes[role, bits] = High.of(self.site, role, bits)
+        return self.planes[role, bits]
 
     def part(self, role: str, shape: tuple[int, int]) -> Tensor:
         """What a matrix gave for the units, [B, T, units·width]."""

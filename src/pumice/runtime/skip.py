@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Copied, Factored, Magnitude, Predicted, Projected, Select, Threshold
+from pumice.forms import Copied, Factored, HighBits, Magnitude, Predicted, Projected, Select, Threshold
 from pumice.kernels.cpu.library import library
 from pumice.kernels.select import Net, bucket, columns_pay, neurons_pay, percent
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
@@ -68,8 +68,8 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
     selection.timed = True
     if site.whole and _tells(site, form.score):
         return _neurons(site, form, modules, selection.seen.copy, always)
-    if isinstance(form.score, Copied):
-        return None  # computing the copies' scores in torch takes longer than what `down` alone saves
+    if isinstance(form.score, (Copied, HighBits)):
+        return None  # computing the scores in torch takes longer than what `down` alone saves
     return _columns(site, form, modules, always)
 
 
@@ -94,7 +94,7 @@ def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bo
         return None
     columns, scores = _laid_out(site, modules[part.module]), isinstance(form.score, Magnitude)
     tau, weight = (form.cut.tau, form.score.weight) if scores else (0.0, None)
-    product = SkipColumns(columns, getattr(modules[part.module], "bias", None), tau, weight)
+    product = SkipColumns(columns, _bias(form, modules[part.module]), tau, weight)
     return Skipping(part.module, False, product, Unchanged([modules[part.module]]), pays, scores)
 
 
@@ -123,7 +123,7 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
         rows(tells),
         None if other is None else rows(other),
         columns,
-        getattr(modules[site.parts["down"].module], "bias", None),
+        _bias(form, modules[site.parts["down"].module]),
         activation=site.activation,
         tau=0.0 if told else form.cut.tau,
         weight=None if told else score.weight,
@@ -132,6 +132,12 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
         near=[copy(role).store for role in site.in_roles] if copied else (),
     )
     return Skipping(site.whole, True, product, Unchanged(modules.values()), pays, True, told)
+
+
+def _bias(form: Select, module: nn.Module) -> Tensor | None:
+    """The consuming matrix's bias, with what stands for the units that are dropped."""
+    bias = getattr(module, "bias", None)
+    return bias if form.rest is None else form.rest.to(module.weight.device) + (0 if bias is None else bias.float())
 
 
 def _net(score: Predicted | Factored) -> Net:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Copied, Factored, Magnitude, Mask, Predicted, Select, Tokens, drop
+from pumice.forms import Copied, Factored, HighBits, Magnitude, Mask, Predicted, Select, Tokens, drop
 from pumice.kernels.seen import Seen
 from pumice.runtime.counters import Counter
 from pumice.runtime.skip import Skipping, skipping
@@ -117,6 +117,13 @@ class TokenSelection:
         self.count(valid, sparse, live)
         return drop(a[:, None], live, torch.ones_like(valid) if sparse is None else sparse)[:, 0]
 
+    def complete(self, y: Tensor) -> Tensor:
+        """Dense output with what stands for the dropped units of its sparse tokens."""
+        if self.form.rest is None:
+            return y
+        sparse, rest = self.runtime.current.tokens(self.form.first), self.form.rest.to(y)
+        return y + rest if sparse is None else y + sparse.reshape(*y.shape[:-1], 1).to(y) * rest
+
     def count(self, valid: Tensor, sparse: Tensor | None, live: Tensor | None) -> None:
         if not self.runtime.counting:
             return
@@ -142,14 +149,23 @@ def check_token(site: Site, form: Select) -> None:
     if isinstance(form.score, (Predicted, Factored)) and site.expert is not None:
         raise PumiceError(f"{site.name} is a fused expert, which no net can tell yet.")
     if isinstance(form.score, (Predicted, Factored)) and not _told(form):
-        width = site.matrix(site.in_roles[0]).shape[1]
-        if form.score.first.shape[1] != width:
+        entering = site.matrix(site.in_roles[0]).shape[1]
+        if form.score.first.shape[1] != entering:
             raise PumiceError(
-                f"the net of {site.name} reads {form.score.first.shape[1]} channels, but {width} enter: it was made "
+                f"the net of {site.name} reads {form.score.first.shape[1]} channels, but {entering} enter: it was made "
                 "for another model."
             )
-    if isinstance(form.score, Copied) and (site.kind != "ffn" or site.expert is not None):
-        raise PumiceError(f"{site.name} has no matrices of its own to copy: Copied is a score of an FFN's neurons.")
+    if isinstance(form.score, (Copied, HighBits)) and (site.kind != "ffn" or site.expert is not None):
+        raise PumiceError(
+            f"{site.name} has no matrices of its own to copy: {type(form.score).__name__} is a score of an "
+            "FFN's neurons."
+        )
+    width = site.matrix(site.out_role).shape[0]
+    if form.rest is not None and form.rest.shape != (width,):
+        raise PumiceError(
+            f"what stands for the dropped units of {site.name} is {tuple(form.rest.shape)}, where {width} channels "
+            "leave it: the plan was made for another model."
+        )
     if site.kind == "linear" and not isinstance(form.score, Magnitude):
         raise PumiceError(f"{site.name} is a single matrix: its columns go by Magnitude.")
     role = getattr(form.score, "role", None)
@@ -198,7 +214,7 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
                 return selection.run(a)
             edited = selection.edit(a)
             selection.seen.clear()
-            return selection.run(edited) if skips else dense(edited, *args, **kwargs)
+            return selection.run(edited) if skips else selection.complete(dense(edited, *args, **kwargs))
 
         return forward
 

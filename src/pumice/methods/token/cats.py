@@ -5,7 +5,7 @@ neuron j runs where |act(gate_j x)| > τ;  τ is the quantile over calibration t
 
 from __future__ import annotations
 
-from pumice.calib.stats import Entries, SiteStats
+from pumice.calib.stats import Entries, Inputs, SiteStats
 from pumice.calib.thresholds import by_threshold
 from pumice.forms import Projected, Select
 from pumice.registry import method
@@ -18,9 +18,10 @@ class Cats:
 
     sparsity: float = 0.5
     first: int = 1  # tokens at the start of a sequence that stay dense
-    needs = (Entries,)
+    compensate: bool = False  # the mean of what is dropped stands for it: not in the paper
+    needs = (Entries, Inputs)
     sequential = True  # of what the sparse model before it makes
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
         score = Projected(role=site.in_roles[0], activation=site.activation)
-        return by_threshold(score, site, stats, self.sparsity, self.first)
+        return by_threshold(score, site, stats, self.sparsity, self.first, compensate=self.compensate)

@@ -6,7 +6,7 @@ measure is that of arXiv:2411.02335, the rest is pumice's own.
 
 from __future__ import annotations
 
-from pumice.calib.stats import Entries, SiteStats
+from pumice.calib.stats import Entries, Inputs, SiteStats
 from pumice.calib.thresholds import by_threshold
 from pumice.errors import PumiceError
 from pumice.forms import Copied, Select
@@ -20,7 +20,8 @@ class LowBit:
 
     sparsity: float = 0.5
     first: int = 1  # tokens at the start of a sequence that stay dense
-    needs = (Entries,)
+    compensate: bool = True  # the mean of what is dropped stands for it
+    needs = (Entries, Inputs)
     sequential = True  # of what the sparse model before it makes
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
@@ -28,4 +29,4 @@ class LowBit:
             raise PumiceError(f"{site.name} computes something else than act(gate x)·up x: lowbit cannot copy it.")
         weight = site.weight_of("down").norm(dim=0)
         score = Copied(activation=site.activation, gated="gate" in site.parts, weight=weight)
-        return by_threshold(score, site, stats, self.sparsity, self.first)
+        return by_threshold(score, site, stats, self.sparsity, self.first, compensate=self.compensate)
