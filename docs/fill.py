@@ -132,8 +132,8 @@ def _contextual(name: str) -> list[str]:
         if rows:
             title = (
                 f"`python bench/contextual.py`: {model}, calibrated on C4, 64 windows of 512 of WikiText-2 test; "
-                f"dense {found['perplexity']:.2f}. Bytes are of the FFN, in 16 bits a weight or (`native`) in the codes that "
-                "it was stored in. KL to dense and same token on 16 of the windows."
+                f"dense {found['perplexity']:.2f}. Bytes are of the FFN, in 16 bits a weight or (`native`) in the "
+                "codes that it was stored in. KL to dense and same token on 16 of the windows."
             )
             cells = []
             for key, row in rows.items():
