@@ -22,12 +22,14 @@ from pumice.calib.journal import Journal
 from pumice.calib.work import Work
 from pumice.errors import PumiceError
 from pumice.methods.allocation.evopress import EvoPress, Parts, column_norms, pieces
+from pumice.methods.allocation.greedy import Greedy
 from pumice.methods.allocation.owl import OWL
 from pumice.methods.allocation.sensitivity import Sensitivity
 from pumice.methods.static.isc import ISC
 from pumice.methods.static.magnitude import Magnitude
 from pumice.methods.static.sparsegpt import SparseGPT, inverse_factor
 from pumice.methods.static.wanda import Wanda
+from pumice.methods.token.teal import Teal
 from pumice.plan import fingerprint_model
 from tiny import tiny
 
@@ -352,3 +354,85 @@ def test_a_streamed_folder_has_the_same_masks(way, tmp_path):
     expected = pumice.sparsify(model, Wanda(allocation=way), IDS, resume=False)
     streamed = sparsify_folder(tmp_path / "model", Wanda(allocation=way), tmp_path / "out", IDS)
     assert all(torch.equal(form.bits, streamed.weights[name].bits) for name, form in expected.weights.items())
+
+
+# ---- greedy ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def block_error(model, name, block, taus):
+    """Mean ‖Δ‖ of one block's output over all tokens when entries of at most tau leave each matrix's input."""
+    calls, outs = [], []
+    handle = block.register_forward_pre_hook(lambda m, args, kwargs: calls.append((args, kwargs)), with_kwargs=True)
+    model(IDS, use_cache=False)
+    handle.remove()
+    (args, kwargs), first = calls[0], torch.zeros(IDS.shape, dtype=torch.bool)
+    first[:, 0] = True  # stays dense
+
+    def hook(tau):
+        def edit(module, given):
+            x = given[0]  # OPT flattens the tokens inside its block
+            return (x * ((x.abs() > tau) | first.reshape(*x.shape[:-1], 1)), *given[1:])
+
+        return edit
+
+    for chosen in ({}, taus):
+        handles = [block.get_submodule(key).register_forward_pre_hook(hook(tau)) for key, tau in chosen.items()]
+        out = block(*args, **kwargs)
+        outs.append(out[0] if isinstance(out, tuple) else out)
+        for handle in handles:
+            handle.remove()
+    return (outs[0] - outs[1]).norm(dim=-1).mean().item()
+
+
+def entering(model, modules):
+    """|x| of what enters each module, in one row."""
+    found = {}
+
+    def note(key):
+        def hook(module, args):
+            found[key] = args[0].abs().flatten()
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(note(key)) for key, module in modules.items()]
+    model(IDS)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gpt_neox", "opt"])
+@pytest.mark.parametrize("sparsity", [0.1, 0.37])
+def test_greedy_takes_the_step_that_harms_the_block_least(family, sparsity):
+    model = tiny(family)
+    given = work(model)
+    found = Greedy(step=0.1, tokens=10_000).allocate(given, sparsity)
+    for name, block in oracle.blocks(model, family):
+        weights = {key: m for key, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
+        inputs = entering(model, weights)
+        whole = sum(m.weight.numel() for m in weights.values())
+        share, reached = dict.fromkeys(weights, 0.0), 0.0
+        while reached < sparsity - 1e-9:
+            step, errors = min(0.1, sparsity - reached), {}
+            for key, m in weights.items():
+                more = share | {key: share[key] + step * whole / m.weight.numel()}
+                if more[key] <= 0.95:
+                    taus = {k: inputs[k].sort().values[round(p * inputs[k].numel()) - 1] for k, p in more.items() if p}
+                    errors[key] = (block_error(model, name, block, taus), more)
+            best = min(errors, key=lambda key: errors[key][0])
+            share, reached = errors[best][1], reached + step
+        assert {key: found[f"{name}.{key}"] for key in share} == pytest.approx(share), name
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("sparsity", [0.05, 0.5, 0.9])
+def test_teal_meets_its_budget_however_it_is_shared(family, sparsity):
+    model = tiny(family)
+    plan = pumice.sparsify(model, Teal(sparsity=sparsity, allocation="greedy(step=0.1)"), IDS, resume=False)
+    weights = sum(form.units * form.weights for form in plan.select.values())
+    skipped = sum(form.sparsity * form.units * form.weights for form in plan.select.values())
+    assert skipped / weights == pytest.approx(sparsity, abs=2e-3)  # a threshold removes a whole number of entries
+    if sparsity == 0.5:
+        assert len({round(form.sparsity, 2) for form in plan.select.values()}) > 2

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pumice import recipe
 from pumice.errors import PumiceError
 
 
@@ -176,5 +175,3 @@ class Budget:
         object.__setattr__(self, "pattern", parse_pattern(self.pattern, self.sparsity))
         if isinstance(self.pattern, NM) and self.allocation != "uniform":
             raise PumiceError(f"the pattern {self.pattern} fixes the sparsity of every matrix; leave allocation out.")
-        if self.allocation != "uniform":
-            recipe.allocation(self.allocation)  # refuse what is misspelt before any work

@@ -50,11 +50,16 @@ def method(name: str, *, kinds: Sequence[str]) -> Callable[[type], type]:
 
 
 def _checked(then: Callable | None) -> Callable:
-    """A `__post_init__` that refuses a sparsity outside [0, 1] and a word that its field's Literal does not list."""
+    """A `__post_init__` that refuses a sparsity outside [0, 1], a word that its field's Literal does not list, and an
+    allocation that is misspelt."""
 
     def check(self) -> None:
         if hasattr(self, "sparsity"):
             _check_sparsity(self.name, self.sparsity)
+        if getattr(self, "allocation", "uniform") != "uniform":
+            from pumice import recipe  # which imports this module
+
+            recipe.allocation(self.allocation)
         for field, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, field) not in get_args(hint):
                 raise unknown(f"{self.name}.{field}", str(getattr(self, field)), get_args(hint))

@@ -17,6 +17,7 @@ class Teal:
     """The quantile is of |x| itself and of what the sparse model makes: the paper's code takes x to be symmetric."""
 
     sparsity: float = 0.5
+    allocation: str = "uniform"  # how the matrices share the budget
     first: int = 1  # tokens at the start of a sequence that stay dense
     needs = (Inputs,)
     sequential = True  # of what the sparse model before it makes
