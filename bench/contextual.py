@@ -77,6 +77,7 @@ METHODS = {
     "countdown": ("countdown", {}),
     "wina": ("wina", {"where": "*mlp*"}),
     "teal": ("teal", {"where": "*mlp*"}),
+    "teal, greedy": ("teal", {"where": "*mlp*", "allocation": "greedy"}),
     "svd": ("svd", {}),
     "planes": ("planes", {"bits": HIGH}),
     **{name: (method, settings | {"recall": 0.0}) for name, (method, settings) in NETS.items()},

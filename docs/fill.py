@@ -30,7 +30,6 @@ SCRIPTS = {
     "wanda": "`bench/larger_than_memory.py` and `bench/pruning.py`",
     **dict.fromkeys(("shadowllm", "svd", "planes"), "`bench/contextual.py`"),
     "cett": "`bench/activation.py`",
-    "greedy": "`bench/contextual.py`",
 }
 
 
