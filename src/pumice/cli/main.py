@@ -118,7 +118,12 @@ def evaluate(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="tasks of lm-eval in place of perplexity, comma separated")] = None,
     include: Annotated[str | None, typer.Option(help="a folder with task files of your own")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task")] = None,
+    generate: Annotated[
+        str | None,
+        typer.Option(help="FILE#PROMPT,REFERENCE (.csv, .jsonl): ROUGE-L of the answers in place of perplexity"),
+    ] = None,
+    new: Annotated[int, typer.Option(min=1, help="tokens of an answer, at the most")] = 64,
+    limit: Annotated[int | None, typer.Option(min=1, help="documents of each task, or prompts")] = None,
     shots: Annotated[int | None, typer.Option(min=0, help="examples before each question")] = None,
     batch: Annotated[int, typer.Option(min=1, help="answers of tasks that are scored at once")] = 8,
     dtype: Dtype = None,
@@ -126,7 +131,14 @@ def evaluate(
     exec: Exec = "fast",
     json: Json = False,
 ) -> None:
-    """Perplexity of a dense or sparse model with its standard error, or its scores on tasks beside those of dense."""
+    """Perplexity of a dense or sparse model with its standard error, or its scores on tasks or answers beside dense."""
+    if tasks is not None and generate is not None:
+        raise typer.BadParameter("--tasks and --generate are two evaluations: give one.")
+    if generate is not None:
+        from pumice.cli.generation import generation
+
+        run = {"dtype": dtype, "device": device, "execution": exec, "as_json": json}
+        return generation(model, generate, limit=limit, shots=shots, new=new, **run)
     if tasks is not None:
         from pumice.cli.tasks import tasks as score
 

@@ -1,0 +1,104 @@
+"""Generation: what a model says to the same prompts, scored by ROUGE-L and held against what the dense one says.
+
+ROUGE-L     F1 of the longest common subsequence of words, the best over a prompt's references (the package rouge-score)
+same        share of the dense model's tokens before the first that differs
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from pumice.errors import PumiceError
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answers that people gave to it."""
+
+    prompt: str
+    references: tuple[str, ...]
+
+
+def examples(where: str) -> list[Example]:
+    """`FILE#prompt,reference` of a .csv or .jsonl file; rows with the same prompt are one example."""
+    name, _, fields = where.rpartition("#")
+    named = [field.strip() for field in fields.split(",")]
+    if not name or len(named) != 2:
+        raise PumiceError(f"{where!r} names no columns: give FILE#PROMPT,REFERENCE, as in devset.csv#mr,ref.")
+    path = Path(name).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else list(csv.DictReader(text.splitlines()))
+        )
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise PumiceError(f"cannot read examples from {path}: {error}") from error
+    found: dict[str, list[str]] = {}
+    for number, row in enumerate(rows, 1):
+        missing = [field for field in named if not isinstance(row, dict) or not isinstance(row.get(field), str)]
+        if missing:
+            there = ", ".join(row) if isinstance(row, dict) else "none"
+            raise PumiceError(f"{path}, row {number} has no text in {missing[0]!r}. Its fields: {there}.")
+        found.setdefault(row[named[0]], []).append(row[named[1]])
+    if not found:
+        raise PumiceError(f"{path} holds no examples.")
+    return [Example(prompt, tuple(references)) for prompt, references in found.items()]
+
+
+def asked(chosen: list[Example], shots: int, limit: int | None) -> tuple[list[str], list[Example]]:
+    """Prompts in full, each after the first `shots` examples with an answer, and the examples that they ask."""
+    if len(chosen) <= shots:
+        raise PumiceError(f"{len(chosen)} examples leave none after {shots} that are shown before each prompt.")
+    shown = "".join(f"{one.prompt}\n{one.references[0]}\n\n" for one in chosen[:shots])
+    rest = chosen[shots:][:limit]
+    return [f"{shown}{one.prompt}\n" for one in rest], rest
+
+
+def answers(
+    model: nn.Module, tokenizer, prompts: list[str], *, new: int = 64, title: str = "answers"
+) -> list[list[int]]:
+    """The greedy answer to each prompt, in tokens: up to the end of the line, or `new` tokens."""
+    found = []
+    device = model.get_input_embeddings().weight.device
+    for prompt in tqdm(prompts, desc=title, unit="prompt", leave=False):
+        ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=device)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        if longest and ids.shape[1] + new > longest:
+            raise PumiceError(
+                f"a prompt of {ids.shape[1]} tokens and {new} new ones are more than the {longest} that the model was "
+                "made for. Show fewer examples, or ask for fewer tokens."
+            )
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, stop_strings=["\n"],
+            tokenizer=tokenizer, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        )  # fmt: skip
+        found.append(out[0, ids.shape[1] :].tolist())
+    return found
+
+
+def rouge_l(texts: list[str], asked: list[Example]) -> list[float]:
+    """ROUGE-L F1 of each text, 0 … 100."""
+    try:
+        from rouge_score.rouge_scorer import RougeScorer
+    except ImportError as error:
+        raise PumiceError("ROUGE-L comes with lm-eval: pip install 'pumice[eval]'.") from error
+    scorer = RougeScorer(["rougeL"])
+    pairs = zip(texts, asked, strict=True)
+    return [100 * scorer.score_multi(list(one.references), text)["rougeL"].fmeasure for text, one in pairs]
+
+
+def same(dense: list[int], sparse: list[int]) -> float:
+    """The share of the dense model's tokens before the first that differs."""
+    if not dense:
+        return float(not sparse)
+    equal = [a == b for a, b in zip(dense, sparse, strict=False)]
+    return (equal.index(False) if False in equal else len(equal)) / len(dense)
