@@ -75,6 +75,8 @@ def tokens(
     name, documents = (source, read(source, split)) if isinstance(source, str) else ("texts", _texts(source))
     text = window - bos  # tokens of text in a window
     need = text * (skip + windows) if windows else None
+    if not any(document.strip() for document in documents):
+        raise PumiceError(f"{name}: the text is empty; give a source with some words in it.")
     stream, characters = _stream(documents, tokenizer, order, seed, need)
     taken = _taken(len(stream) // text, order, seed, skip, windows, f"{name}: {len(stream)} tokens", window)
     ids = stream.unfold(0, text, text)[taken]  # [N, text]
@@ -148,8 +150,6 @@ def _stream(documents: list[str], tokenizer, order: Order, seed: int, need: int 
             if need and characters >= OVERSAMPLE * need:
                 break
     texts = [text for text in texts if text]
-    if not any(text.strip() for text in texts):
-        raise PumiceError("the text is empty; give a source with some words in it.")
     lists = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor([token for ids in lists for token in ids], dtype=torch.long), sum(map(len, texts))
 

@@ -245,17 +245,17 @@ def methods(
     markdown: Annotated[bool, typer.Option("--markdown", help="the table as it stands in the README")] = False,
 ) -> None:
     """Every method with its settings and their defaults."""
-    from pumice.cli import verbs
+    from pumice.cli import about
 
-    verbs.methods(json, markdown)
+    about.methods(json, markdown)
 
 
 @app.command(short_help="This machine: versions, bandwidth, extras, places.")
 def doctor(json: Json = False) -> None:
     """This machine: versions, memory bandwidth, extras, and where things are kept."""
-    from pumice.cli import verbs
+    from pumice.cli import about
 
-    verbs.doctor(json)
+    about.doctor(json)
 
 
 def _flags(context: typer.Context) -> list[str]:
