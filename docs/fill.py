@@ -26,10 +26,10 @@ SCRIPTS = {
     "glass": "`bench/prompt_level.py`",
     "width": "`pumice sparsify smollm2 --method width --out DIR`, in its table",
     "reap": "`pumice sparsify MODEL --method reap --out DIR`, in its table",
-    **{name: f"`pumice sparsify smollm2 --method {name} --out DIR`, in its table" for name in TOKEN},
     "wanda": "`bench/larger_than_memory.py` and `bench/pruning.py`",
     **dict.fromkeys(("shadowllm", "svd", "planes"), "`bench/contextual.py`"),
     "cett": "`bench/activation.py`",
+    **dict.fromkeys((*TOKEN, "dejavu"), "`bench/contextual.py`"),
 }
 
 
@@ -138,7 +138,7 @@ def _contextual(name: str) -> list[str]:
             cells = []
             for key, row in rows.items():
                 ratio, low, high = row["ratio_to_dense"]
-                read = "the bound" if name == "contribution" else f"{row['bytes']:.3f}"
+                read = "the measure" if name == "contribution" else f"{row['bytes']:.3f}"
                 cells.append([key, f"{row['sparsity']:.3f}", f"{row['density']:.3f}", read])
                 cells[-1] += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", f"{ratio:.3f} [{low:.3f}, {high:.3f}]"]
                 cells[-1] += [f"{row['kl']:.3f}", f"{row['same_token']:.3f}"]

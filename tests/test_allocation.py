@@ -23,6 +23,8 @@ from pumice.calib.work import Work
 from pumice.errors import PumiceError
 from pumice.methods.allocation.evopress import EvoPress, Parts, column_norms, pieces
 from pumice.methods.allocation.greedy import Greedy
+from pumice.methods.allocation.greedy import _quantile as quantile
+from pumice.methods.allocation.greedy import _sizes as sizes
 from pumice.methods.allocation.owl import OWL
 from pumice.methods.allocation.sensitivity import Sensitivity
 from pumice.methods.static.isc import ISC
@@ -413,16 +415,19 @@ def test_greedy_takes_the_step_that_harms_the_block_least(family, sparsity):
         weights = {key: m for key, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
         inputs = entering(model, weights)
         whole = sum(m.weight.numel() for m in weights.values())
-        share, reached = dict.fromkeys(weights, 0.0), 0.0
+        share, reached, now = dict.fromkeys(weights, 0.0), 0.0, 0.0
         while reached < sparsity - 1e-9:
-            step, errors = min(0.1, sparsity - reached), {}
+            step, tried = min(0.1, sparsity - reached), []
             for key, m in weights.items():
-                more = share | {key: share[key] + step * whole / m.weight.numel()}
-                if more[key] <= 0.95:
+                part = m.weight.numel() / whole
+                more = share | {key: min(0.95, share[key] + step / part)}
+                skipped = (more[key] - share[key]) * part
+                if skipped > 1e-9:
                     taus = {k: inputs[k].sort().values[round(p * inputs[k].numel()) - 1] for k, p in more.items() if p}
-                    errors[key] = (block_error(model, name, block, taus), more)
-            best = min(errors, key=lambda key: errors[key][0])
-            share, reached = errors[best][1], reached + step
+                    error = block_error(model, name, block, taus)
+                    tried.append(((error - now) / skipped, skipped, error, more))
+            _, skipped, now, share = min(tried, key=lambda one: one[0])
+            reached += skipped
         assert {key: found[f"{name}.{key}"] for key in share} == pytest.approx(share), name
 
 
@@ -436,3 +441,26 @@ def test_teal_meets_its_budget_however_it_is_shared(family, sparsity):
     assert skipped / weights == pytest.approx(sparsity, abs=2e-3)  # a threshold removes a whole number of entries
     if sparsity == 0.5:
         assert len({round(form.sparsity, 2) for form in plan.select.values()}) > 2
+
+
+def test_greedy_reads_every_column():
+    """Columns of other sizes, and more values than are sorted: the threshold is that of all."""
+    x = torch.randn(8192, 576, generator=torch.Generator().manual_seed(1)) * torch.logspace(-1, 1, 576)
+    for share in (0.2, 0.5, 0.8):
+        assert (x.abs() <= quantile(sizes(x), share)).float().mean() == pytest.approx(share, abs=5e-3)
+
+
+def test_greedy_is_for_teal():
+    with pytest.raises(PumiceError, match="greedy is for teal"):
+        Wanda(allocation="greedy")
+    with pytest.raises(PumiceError, match="step is in"):
+        Teal(allocation="greedy(step=0)")
+
+
+@pytest.mark.parametrize("sparsity", [0.96, 1.0])
+def test_greedy_past_its_limit_is_alike(sparsity):
+    model = tiny("llama")
+    given = work(model)
+    found = Greedy(step=0.3).allocate(given, sparsity)
+    sizes = {site.name: site.units for site in given.sites}
+    assert sum(found[name] * size for name, size in sizes.items()) / sum(sizes.values()) == pytest.approx(sparsity)

@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import pumice
 from pumice.errors import PumiceError
-from pumice.eval.generation import Example, answers, asked, examples, rouge_l, same
+from pumice.eval.generation import Example, RougeL, answers, asked, examples, same
 from pumice.methods.token.contribution import Contribution
 from test_cli import write_tokenizer
 
@@ -34,6 +34,7 @@ def test_rows_with_one_prompt_are_its_references(tmp_path):
     ("a.csv#mr,ref", '"mr","ref"\n', "holds no examples"),
     ("a.jsonl#q,a", '{"q": "x", "a": 3}\n', "row 1 has no text in 'a'"),
     ("a.jsonl#q,a", "[1]\n", "row 1 has no text"),
+    ("a.csv#mr,ref", '"mr","reff"\na,b,c\n', "row 1 has no text in 'ref'. Its fields: mr, reff, None"),
     ("a.jsonl#q,a", "{", "cannot read examples"),
 ])  # fmt: skip
 def test_files_that_hold_none_are_refused(tmp_path, where, text, message):
@@ -41,6 +42,13 @@ def test_files_that_hold_none_are_refused(tmp_path, where, text, message):
     with pytest.raises(PumiceError) as error:
         examples(str(tmp_path / where))
     assert message in str(error.value)
+
+
+def test_line_ends_within_a_cell_stay(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'mr,ref\r\n"one\ntwo\x0c","x"\r\n')
+    assert examples(f"{tmp_path / 'a.csv'}#mr,ref") == [Example("one\ntwo\x0c", ("x",))]
+    (tmp_path / "a.jsonl").write_text('{"q": "one\u2028two", "a": "x"}\n', encoding="utf-8")
+    assert examples(f"{tmp_path / 'a.jsonl'}#q,a") == [Example("one\u2028two", ("x",))]
 
 
 def test_shots_leave_somebody_to_ask():
@@ -58,7 +66,7 @@ def test_the_same_tokens():
 def test_rouge_l_is_of_the_best_reference():
     pytest.importorskip("rouge_score")
     one = Example("", ("the cat sat on the mat", "a dog"))
-    found = rouge_l(["the cat on mat", "a dog", ""], [one, one, one])
+    found = RougeL()(["the cat on mat", "a dog", ""], [one, one, one])
     assert found == pytest.approx([100 * 2 * 1 * (4 / 6) / (1 + 4 / 6), 100.0, 0.0])
 
 

@@ -21,6 +21,7 @@ from pumice.errors import PumiceError
 from pumice.methods.static.besa import BESA
 from pumice.methods.static.sparsegpt import SparseGPT
 from pumice.methods.static.wanda import Wanda
+from pumice.methods.token.teal import Teal
 from pumice.plan import Plan
 from test_cli import pumice as command
 from test_cli import write_tokenizer
@@ -183,3 +184,17 @@ def test_what_torchrun_cannot_do_is_said(arguments, said, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     result = command(*arguments)
     assert result.code == 1 and said in result.err
+
+
+def test_two_processes_take_the_same_greedy_steps(tmp_path, monkeypatch):
+    """Of all processes' text: the shares are those of one process."""
+    monkeypatch.setattr(streaming, "GROUP", 48)
+    model, method = tiny("llama"), Teal(sparsity=0.4, allocation="greedy(step=0.1, tokens=100000)")
+
+    def shares(plan):
+        return {name: form.sparsity for name, form in plan.select.items()}
+
+    alone = shares(pumice.sparsify(model, method, IDS, resume=False))
+    both = together(lambda rank: shares(pumice.sparsify(model, method, IDS, resume=False)), tmp_path)
+    assert both[0] == both[1]
+    assert both[0] == pytest.approx(alone, abs=2e-3)

@@ -61,7 +61,7 @@ def test_codes_are_found_again(bits, has_low, columns, dtype):
 
 def test_weights_that_are_no_codes_are_refused():
     model = tiny("llama")
-    with pytest.raises(PumiceError, match="not stored in 4 or 5 bits"):
+    with pytest.raises(PumiceError, match="no codes of 4 or 5 bits"):
         sparse(model, Planes())
     with pytest.raises(PumiceError, match="no 5 high ones"):
         sparse(put_on_grid(model, "llama"), Planes(bits=5))

@@ -561,3 +561,15 @@ def test_the_calibration_text_runs_at_the_sparsity_that_was_asked_for(family, me
     logits(twin, CALIBRATION)
     for name, selection in twin.pumice.selections.items():
         assert selection.counter.density == pytest.approx(1 - plan.select[name].sparsity, abs=1e-3), name
+
+
+def test_a_second_method_is_measured_with_the_first_one_running():
+    model = tiny("llama")
+    plan = pumice.sparsify(model, [Cats(sparsity=0.8, first=0), Teal(sparsity=0.6, first=0, where="*self_attn*")],
+                           CALIBRATION, resume=False)  # fmt: skip
+    twin = pumice.attach(model, plan, exec="reference")
+    twin.pumice.counting = True
+    logits(twin, CALIBRATION)
+    for name, selection in twin.pumice.selections.items():
+        if "self_attn" in name:
+            assert selection.counter.density == pytest.approx(1 - plan.select[name].sparsity, abs=1e-3), name

@@ -11,10 +11,11 @@ import fnmatch
 import re
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from pumice.arch.detect import Arch, detect
 from pumice.arch.weights import Resident, Shards
 from pumice.calib import parallel
 from pumice.calib.block import BlockRun
+from pumice.calib.chosen import chosen_by_token
 from pumice.calib.data import Windows, tokens
 from pumice.calib.digest import Digesting
 from pumice.calib.journals import Beside, Journals, identity
@@ -98,7 +100,8 @@ def sparsify(
         weights_so_far = replace(plan, select={})
         with applied(model, weights_so_far, exec="reference", check=False) if plan.weights else nullcontext():
             journals = Journals(model, chain, text, base, after or plan, on=resume and needs_text(chain))
-            settings = {"journals": journals, "spill": Spill(memory), "after": after, "check": check}
+            chosen = {name: form for name, form in plan.select.items() if chosen_by_token(form)}
+            settings = {"journals": journals, "spill": Spill(memory), "after": after, "check": check, "chosen": chosen}
             plan = plan.merge(_solve(model, chain, text, Resident(model), base, **settings))
         journals.finish()
         after = None
@@ -166,7 +169,7 @@ def sparsify_folder(
 
 
 def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, journals, spill, after=None,
-           done=None, check=False) -> Plan:  # fmt: skip
+           done=None, check=False, chosen: Mapping[str, Form] = MappingProxyType({})) -> Plan:  # fmt: skip
     parallel.check(chain)
     arch = detect(model)
     first = chain[0]
@@ -176,7 +179,7 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
     if needs_text(chain) and check:
         verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
     work = Work(model=model, arch=arch, windows=text, source=source, sites=sites, journals=journals, spill=spill)
-    given = after.weights if after is not None else {}
+    given = {**chosen, **(after.weights if after is not None else {})}
     known = [
         *sites,
         *(arch.sites[name] for name in given if name in arch.sites and name not in {s.name for s in sites}),
@@ -200,6 +203,7 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
     dense = any(getattr(one, "reference", "") == "dense" for one in chain)
     settings = {"needs": needs, "rows": min(rows, default=None), "dense": dense, "done": done}
     forms = work.stream(decide, _named(chain), sites=known, **settings)
+    forms = {name: form for name, form in forms.items() if chosen.get(name) is not form}  # those of the plan before
     weights = {name: form for name, form in forms.items() if isinstance(form, (Mask, Slim))}
     return Plan(
         weights=weights,

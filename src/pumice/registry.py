@@ -59,7 +59,11 @@ def _checked(then: Callable | None) -> Callable:
         if getattr(self, "allocation", "uniform") != "uniform":
             from pumice import recipe  # which imports this module
 
-            recipe.allocation(self.allocation)
+            way = recipe.allocation(self.allocation)
+            if self.name not in getattr(way, "only", (self.name,)):
+                raise PumiceError(
+                    f"the allocation {way.name} is for {', '.join(way.only)}; {self.name} has its own sites."
+                )
         for field, hint in get_type_hints(type(self)).items():
             if get_origin(hint) is Literal and getattr(self, field) not in get_args(hint):
                 raise unknown(f"{self.name}.{field}", str(getattr(self, field)), get_args(hint))

@@ -28,9 +28,9 @@ class Samples:
     `target(i, "dense")` the dense block on the dense model's stream: all the error so far.
     """
 
-    def __init__(self, block: Block, replays: Replays, outputs: list[Tensor], dense: list[Tensor]) -> None:
+    def __init__(self, block: Block, replays: Replays, outputs: list[Tensor] | None, dense: list[Tensor] | None):
         self.block, self.replays = block, replays
-        self._targets = {"stream": outputs, "dense": dense}
+        self._targets = {"stream": outputs, "dense": dense}  # None: made when it is asked for
 
     def __len__(self) -> int:
         return len(self.replays.groups)
@@ -40,6 +40,8 @@ class Samples:
         return self.replays.groups[i][0]
 
     def target(self, i: int, reference: Reference) -> Tensor:
+        if self._targets[reference] is None:
+            self._targets = dict.fromkeys(self._targets, self.replays.run(self.block, "sparse"))
         return self._targets[reference][i].to(self.valid(i).device)
 
     def forward(self, i: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -76,7 +78,7 @@ class BlockRun:
             now = self.measure(sites, needs, solved)
             for site in sites:
                 solved[site.name] = solve(site, SiteStats(site, now, self.before.get(site.name), self.notes))
-        return solved
+        return {name: form for name, form in solved.items() if form is not None}
 
     def stats(self, site: Site) -> SiteStats:
         return SiteStats(site, self.collected, self.before.get(site.name), self.notes)

@@ -1,6 +1,7 @@
 """A block that runs as its Selects of scope `token` will have it, for what comes after them to be measured so.
 
-What a plan's own runtime does with spliced modules is done here with hooks.
+What a plan's own runtime does with spliced modules is done here with hooks. Fused experts run dense: what comes after
+them in their block is measured so.
 """
 
 from __future__ import annotations
@@ -48,12 +49,14 @@ def _hooks(site: Site, form: Select, modules: dict[str, nn.Module], valid: Calla
         return hook
 
     def edit(module: nn.Module, args: tuple, kwargs: dict):
-        a, *rest = args
+        name = None if args else next(iter(kwargs))
+        a = args[0] if args else kwargs[name]
         counted = valid().to(a.device)
         rows = a.reshape(*counted.shape, -1)
         live = form.live_of(seen.tokens(rows))
         seen.clear()
-        return (drop(rows, live, counted.cumsum(1) > form.first).reshape(a.shape), *rest), kwargs
+        edited = drop(rows, live, counted.cumsum(1) > form.first).reshape(a.shape)
+        return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {name: edited})
 
     def stand_in(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
         late = (valid().cumsum(1) > form.first).reshape(*out.shape[:-1], 1).to(out.device)

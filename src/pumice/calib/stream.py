@@ -114,11 +114,12 @@ def _one_block(
     outputs = dense = None
     if replays is not None:
         both = any(getattr(need, "paired", False) for need in needs)
-        with collecting(block, sites, needs, collected, replays):
-            outputs, dense = replays.run_both(block) if both else (replays.run(block, "sparse"), None)
-        if dense is None:
-            own = replays.streams.get("dense", replays.streams["sparse"]) is not replays.streams["sparse"]
-            dense = replays.run(block, "dense") if own else outputs
+        own = replays.streams.get("dense", replays.streams["sparse"]) is not replays.streams["sparse"]
+        if needs or "dense" in replays.streams:
+            with collecting(block, sites, needs, collected, replays):
+                outputs, dense = replays.run_both(block) if both else (replays.run(block, "sparse"), None)
+            if dense is None:
+                dense = replays.run(block, "dense") if own else outputs
     samples = Samples(block, replays, outputs, dense) if replays is not None else None
     run = BlockRun(block=block, sites=sites, collected=collected, samples=samples, notes=notes)
     run.measure = partial(_measure, run, replays)
@@ -134,7 +135,7 @@ def _one_block(
             _silence(site, form)
     if replays is not None:
         with choosing(block, solved, partial(getattr, replays, "valid")):
-            again = masks or slims or any(map(chosen_by_token, solved.values()))
+            again = masks or slims or any(map(chosen_by_token, solved.values())) or outputs is None
             replays.streams["sparse"] = replays.run(block, "sparse") if again else outputs
         if "dense" in replays.streams:
             replays.streams["dense"] = dense

@@ -14,10 +14,11 @@ def generation(
     from rich.table import Table
 
     from pumice.api import attach
-    from pumice.eval.generation import answers, asked, examples, rouge_l, same
+    from pumice.eval.generation import RougeL, answers, asked, examples, same
     from pumice.eval.tasks import paired_difference
 
     check_exec(execution)
+    rouge_l = RougeL()
     prompts, chosen = asked(examples(where), shots or 0, limit)
     loaded, plan = open_model(model, dtype, device)
     runners = {"dense": loaded.model} if plan is None or not plan.changes_weights else {}
@@ -27,7 +28,9 @@ def generation(
     for title, runner in runners.items():
         note.print(f"{title}: {len(prompts)} prompts")
         said[title] = answers(runner, loaded.tokenizer, prompts, new=new, title=f"{title}: answers")
-        texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said[title]]
+        texts = [
+            loaded.tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip() for ids in said[title]
+        ]
         scores[title] = rouge_l(texts, chosen)
         note.print(f"{title}: {texts[0]}", markup=False)
     found = {f"rouge_l_{title}": mean(score) for title, score in scores.items()}

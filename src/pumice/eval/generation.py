@@ -7,6 +7,7 @@ same        share of the dense model's tokens before the first that differs
 from __future__ import annotations
 
 import csv
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,11 +35,11 @@ def examples(where: str) -> list[Example]:
         raise PumiceError(f"{where!r} names no columns: give FILE#PROMPT,REFERENCE, as in devset.csv#mr,ref.")
     path = Path(name).expanduser()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # line ends within cells stay as they are
         rows = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
+            [json.loads(line) for line in text.split("\n") if line.strip()]  # JSON may hold other line ends
             if path.suffix == ".jsonl"
-            else list(csv.DictReader(text.splitlines()))
+            else list(csv.DictReader(io.StringIO(text, newline="")))
         )
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise PumiceError(f"cannot read examples from {path}: {error}") from error
@@ -46,7 +47,7 @@ def examples(where: str) -> list[Example]:
     for number, row in enumerate(rows, 1):
         missing = [field for field in named if not isinstance(row, dict) or not isinstance(row.get(field), str)]
         if missing:
-            there = ", ".join(row) if isinstance(row, dict) else "none"
+            there = ", ".join(map(str, row)) if isinstance(row, dict) else "none"
             raise PumiceError(f"{path}, row {number} has no text in {missing[0]!r}. Its fields: {there}.")
         found.setdefault(row[named[0]], []).append(row[named[1]])
     if not found:
@@ -85,15 +86,19 @@ def answers(
     return found
 
 
-def rouge_l(texts: list[str], asked: list[Example]) -> list[float]:
-    """ROUGE-L F1 of each text, 0 … 100."""
-    try:
-        from rouge_score.rouge_scorer import RougeScorer
-    except ImportError as error:
-        raise PumiceError("ROUGE-L comes with lm-eval: pip install 'pumice[eval]'.") from error
-    scorer = RougeScorer(["rougeL"])
-    pairs = zip(texts, asked, strict=True)
-    return [100 * scorer.score_multi(list(one.references), text)["rougeL"].fmeasure for text, one in pairs]
+class RougeL:
+    """ROUGE-L F1 of texts, 0 … 100; without the package it is an error at once."""
+
+    def __init__(self) -> None:
+        try:
+            from rouge_score.rouge_scorer import RougeScorer
+        except ImportError as error:
+            raise PumiceError("ROUGE-L comes with lm-eval: pip install 'pumice[eval]'.") from error
+        self.scorer = RougeScorer(["rougeL"])
+
+    def __call__(self, texts: list[str], asked: list[Example]) -> list[float]:
+        pairs = zip(texts, asked, strict=True)
+        return [100 * self.scorer.score_multi(list(one.references), text)["rougeL"].fmeasure for text, one in pairs]
 
 
 def same(dense: list[int], sparse: list[int]) -> float:

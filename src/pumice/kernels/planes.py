@@ -49,7 +49,7 @@ class Grid:
             if bool(((exact - codes).abs() <= NEAR).all()):
                 return cls(codes.to(torch.uint8), step, low, bits, has_low)
         raise PumiceError(
-            f"the weights of {name} were not stored in 4 or 5 bits, so they have no high bits to read first: `lowbit` "
+            f"the weights of {name} are no codes of 4 or 5 bits that reach their ends in every group of 32: `lowbit` "
             "makes copies of such weights."
         )
 

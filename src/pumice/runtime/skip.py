@@ -59,7 +59,7 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
         or any("forward" in vars(module) for module in modules.values())
     ):  # another part of the plan runs it
         return None
-    if not always and out.numel() < SMALLEST:
+    if isinstance(form.score, HighBits) or (not always and out.numel() < SMALLEST):
         return None
     try:
         library()
@@ -68,7 +68,7 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
     selection.timed = True
     if site.whole and _tells(site, form.score):
         return _neurons(site, form, modules, selection.seen.copy, always)
-    if isinstance(form.score, (Copied, HighBits)):
+    if isinstance(form.score, Copied):
         return None  # computing the scores in torch takes longer than what `down` alone saves
     return _columns(site, form, modules, always)
 

@@ -160,6 +160,8 @@ def check_token(site: Site, form: Select) -> None:
             f"{site.name} has no matrices of its own to copy: {type(form.score).__name__} is a score of an "
             "FFN's neurons."
         )
+    if form.rest is not None and site.expert is not None:
+        raise PumiceError(f"{site.name} is a fused expert: nothing can stand for what it drops yet.")
     width = site.matrix(site.out_role).shape[0]
     if form.rest is not None and form.rest.shape != (width,):
         raise PumiceError(

@@ -2,6 +2,9 @@
 
 p = 0;  until the block's matrices skip `sparsity` of their weights: of all matrices m try p_m + step/r_m, r_m the share
 of the block's weights in m, and take the one with the least ‖block(x) - block_p(x)‖.               dense stream
+
+No p passes 0.95: a step that would is as long as that lets it be, and steps are compared by what they add to the error
+over the weights that they skip, which for equal steps is the same order.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from pumice.calib.block import BlockRun
 from pumice.calib.chosen import choosing
+from pumice.calib.parallel import reduce_sum
 from pumice.calib.stats import Inputs
 from pumice.calib.work import Work
 from pumice.errors import PumiceError
@@ -21,16 +25,18 @@ from pumice.methods.allocation.owl import Found
 from pumice.registry import method
 from pumice.sites import Site
 
-LIMIT = 0.95  # of one input: the step that would pass it is not tried
+LIMIT = 0.95  # of one input
+VALUES = 1 << 20  # of an input that thresholds are read from
 
 
 @method("greedy", kinds=["linear"])
 class Greedy:
-    """For methods that drop entries of inputs by size (TEAL); fused experts share alike.
+    """For TEAL, which drops entries of inputs by size; fused experts share alike.
 
     The paper's code gives k and v an eighth of their weight where they have all of it; here r counts the weights.
     """
 
+    only = ("teal",)  # the methods whose choice it tries
     step: float = 0.05  # of the block's weights
     tokens: int = 2048  # that a step is tried on
 
@@ -57,15 +63,20 @@ class Greedy:
         whole = sum(site.units for site in sites)
         weight = {site.name: site.units / whole for site in sites}
         sizes = {site.name: _sizes(run.stats(site)[Inputs]) for site in sites}
-        share, reached = dict.fromkeys(weight, 0.0), 0.0
+        share, reached, now = dict.fromkeys(weight, 0.0), 0.0, 0.0
         while reached < sparsity - 1e-9:
             step = min(self.step, sparsity - reached)
-            tried = {name: share[name] + step / weight[name] for name in share}
-            tried = {name: one for name, one in tried.items() if one <= LIMIT}
-            if not tried:  # every input is nearly gone, or the matrices left are too small for a step
-                return dict.fromkeys(share, sparsity) if reached == 0 else _spread(share, weight, sparsity)
-            best = min(tried, key=lambda name: self.error(run, sites, sizes, share | {name: tried[name]}))
-            share[best], reached = tried[best], reached + step
+            tried = {}
+            for name, at in share.items():
+                to = min(LIMIT, at + step / weight[name])
+                if to - at > 1e-9:
+                    error = self.error(run, sites, sizes, share | {name: to})
+                    tried[name] = ((error - now) / ((to - at) * weight[name]), to, error)
+            if not tried:  # nearly everything is asked for
+                return _spread(share, weight, sparsity)
+            best = min(tried, key=lambda name: tried[name][0])
+            reached += (tried[best][1] - share[best]) * weight[best]
+            _, share[best], now = tried[best]
         return share
 
     def error(self, run: BlockRun, sites: list[Site], sizes: dict[str, Tensor], share: dict[str, float]) -> float:
@@ -76,21 +87,20 @@ class Greedy:
             )
             for site in sites if share[site.name]
         }  # fmt: skip
-        samples, seen, total = run.samples, 0, 0.0
+        samples, found = run.samples, torch.zeros(2, dtype=torch.float64)  # Σ ‖Δ‖, tokens
         with choosing(run.block, forms, partial(getattr, samples.replays, "valid")):
             for group in range(len(samples)):
-                valid = samples.valid(group)
-                miss = (samples.forward(group) - samples.target(group, "stream"))[valid].norm(dim=-1)
-                total, seen = total + miss.sum(dtype=torch.float64).item(), seen + len(miss)
-                if seen >= self.tokens:
+                miss = (samples.forward(group) - samples.target(group, "stream"))[samples.valid(group)].norm(dim=-1)
+                found += torch.tensor([miss.sum(dtype=torch.float64).item(), len(miss)], dtype=torch.float64)
+                if found[1] >= self.tokens:
                     break
-        return total / seen
+        reduce_sum([found])  # of all processes, which so take the same steps
+        return (found[0] / found[1]).item()
 
 
-def _sizes(x: Tensor, most: int = 1 << 17) -> Tensor:
-    """|x| in order, at most `most` of them, evenly."""
-    size = x.abs().flatten()
-    return size[:: -(-len(size) // most)].sort().values
+def _sizes(x: Tensor) -> Tensor:
+    """|x| in order, of as many whole rows as hold VALUES of them, evenly: columns differ in size."""
+    return x[:: -(-x.numel() // VALUES)].abs().flatten().sort().values
 
 
 def _quantile(ordered: Tensor, share: float) -> float:

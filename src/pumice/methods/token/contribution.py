@@ -18,9 +18,10 @@ class Contribution:
 
     sparsity: float = 0.5
     first: int = 1  # tokens at the start of a sequence that stay dense
+    compensate: bool = False  # the mean of what is dropped stands for it: not in the paper
     needs = (Inputs,)
     sequential = True  # of what the sparse model before it makes
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
         score = Magnitude(units=site.units, weight=site.weight_of("down").norm(dim=0))
-        return by_threshold(score, site, stats, self.sparsity, self.first)
+        return by_threshold(score, site, stats, self.sparsity, self.first, compensate=self.compensate)

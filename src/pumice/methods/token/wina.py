@@ -17,7 +17,6 @@ class Wina:
     """The paper keeps the k largest of every token; a threshold spends more on the tokens that need it."""
 
     sparsity: float = 0.5
-    allocation: str = "uniform"  # how the matrices share the budget
     first: int = 1  # tokens at the start of a sequence that stay dense
     needs = (Inputs,)
     sequential = True  # of what the sparse model before it makes
