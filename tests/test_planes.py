@@ -15,7 +15,7 @@ from pumice.methods.token.cats import Cats
 from pumice.methods.token.lowbit import LowBit
 from pumice.methods.token.planes import Planes
 from pumice.plan import Plan
-from test_token import CALIBRATION, IDS, cut_of, doors, logits, seen, sparse
+from test_token import CALIBRATION, cut_of, doors, logits, seen, sparse, whole_and_decoded
 from tiny import tiny
 
 
@@ -204,11 +204,5 @@ def test_what_stands_for_the_dropped_is_of_this_model():
 def test_decoding_is_the_whole_pass(family):
     model = put_on_grid(tiny(family), family)
     twin, _ = sparse(model, Planes(sparsity=0.5))
-    with torch.no_grad(), twin.pumice.phase(9):
-        whole = twin(IDS).logits
-        out = twin(IDS[:, :9], use_cache=True)
-        steps = [out.logits]
-        for t in range(9, IDS.shape[1]):
-            out = twin(IDS[:, t : t + 1], past_key_values=out.past_key_values)
-            steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+    whole, found = whole_and_decoded(twin)
+    torch.testing.assert_close(found, whole, rtol=1e-4, atol=1e-4)

@@ -223,11 +223,8 @@ def test_tokens_that_come_later_change_nothing_before_them(method):
     torch.testing.assert_close(logits(twin)[:, :9], logits(twin, other)[:, :9])
 
 
-@pytest.mark.parametrize("method", EVERY)
-@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
-def test_a_pass_is_prefill_and_decode(method, family):
-    model = tiny(family)
-    twin, _ = sparse(model, method())
+def whole_and_decoded(twin):
+    """Logits of one pass with a prompt of nine tokens, and of prefill and decode."""
     with torch.no_grad(), twin.pumice.phase(9):
         whole = twin(IDS).logits
         out = twin(IDS[:, :9], use_cache=True)
@@ -235,7 +232,15 @@ def test_a_pass_is_prefill_and_decode(method, family):
         for t in range(9, IDS.shape[1]):
             out = twin(IDS[:, t : t + 1], past_key_values=out.past_key_values)
             steps.append(out.logits)
-    found = torch.cat(steps, 1)
+    return whole, torch.cat(steps, 1)
+
+
+@pytest.mark.parametrize("method", EVERY)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3"])
+def test_a_pass_is_prefill_and_decode(method, family):
+    model = tiny(family)
+    twin, _ = sparse(model, method())
+    whole, found = whole_and_decoded(twin)
     if method is LowBit:  # an input half-way between two 8-bit codes may round to either
         assert ((found - whole).abs() > 1e-3).float().mean() < 0.1
     else:
