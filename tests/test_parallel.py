@@ -189,7 +189,8 @@ def test_what_torchrun_cannot_do_is_said(arguments, said, tmp_path, monkeypatch)
 
 def test_two_processes_take_the_same_greedy_steps(tmp_path, monkeypatch):
     """Of all processes' text: the shares are those of one process."""
-    monkeypatch.setattr(api, "GROUP", 48)
+    for module in (api, streaming):
+        monkeypatch.setattr(module, "GROUP", 48)
     model, method = tiny("llama"), Teal(sparsity=0.4, allocation="greedy(step=0.1, tokens=100000)")
 
     def shares(plan):
