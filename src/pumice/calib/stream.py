@@ -134,7 +134,7 @@ def _one_block(
         if site.kind in ("ffn", "heads"):  # a router that has fewer experts is not made here
             _silence(site, form)
     if replays is not None:
-        with choosing(block, solved, partial(getattr, replays, "valid")):
+        with choosing(block, solved, replays.counted):
             again = masks or slims or any(map(chosen_by_token, solved.values())) or outputs is None
             replays.streams["sparse"] = replays.run(block, "sparse") if again else outputs
         if "dense" in replays.streams:
@@ -149,9 +149,8 @@ def _measure(run: BlockRun, replays: Replays, sites: list[Site], needs, forms: d
     both = any(getattr(need, "paired", False) for need in needs)
     masks = {name: form for name, form in forms.items() if isinstance(form, Mask)}
     parameters = run.parameters({s.name: masks[s.name].reference(s.weight) for s in run.sites if s.name in masks})
-    valid = partial(getattr, replays, "valid")
     with (
-        choosing(run.block, {**run.before, **forms}, valid),
+        choosing(run.block, {**run.before, **forms}, replays.counted),
         collecting(run.block, sites, needs, collected, replays) as until_read,
     ):
         for group in range(len(replays.groups)):
@@ -190,6 +189,10 @@ class Replays:
         self.groups = groups
         self.valid = groups[0][0]  # bool [rows, T] of the group that is running
         self.running = "sparse"  # the stream whose states run
+
+    def counted(self) -> Tensor:
+        """Which positions of the group that is running are text, bool [rows, T]."""
+        return self.valid
 
     def call(self, block: Block, group: int, hidden: Tensor) -> Call:
         self.valid, calls = self.groups[group]

@@ -63,17 +63,14 @@ def collecting(block: Block, sites: list[Site], needs, collected: dict, replays:
                 collected[key, need] = need(rows.shape[-1], rows.device)
             collected[key, need].add(*((rows, other) if paired else (rows,)))
 
-    def valid() -> Tensor:
-        return replays.valid
-
     with ExitStack() as stack:
         modules = {f"{block.name}.{name}": module for name, module in block.module.named_modules() if name}
         for key in keys & modules.keys():
-            handle = modules[key].register_forward_pre_hook(_tap(key, note, valid), with_kwargs=True)
+            handle = modules[key].register_forward_pre_hook(_tap(key, note, replays.counted), with_kwargs=True)
             stack.callback(handle.remove)
         fused = [*experts, *(site for site in sites if site.expert is not None)]
         for name in {site.parts[role].module for site in fused for role in site.parts}:
-            stack.enter_context(_tap_experts(name, modules[name], keys, note, valid))
+            stack.enter_context(_tap_experts(name, modules[name], keys, note, replays.counted))
         yield until_read
     parallel.reduce_stats(collected, lambda key, width: _stat(collected, needs, key, width, replays.valid.device))
 

@@ -61,3 +61,13 @@ def tokens_of(site: Site, stats: SiteStats) -> Tokens:
         return High.of(site, role, bits).reference(stats[Entries])
 
     return Tokens(a=lambda: stats[Inputs], x=lambda: stats[Entries], parts=parts, near=near, high=high)
+
+
+def known_activation(site: Site, method: str) -> str:
+    """The activation of an FFN whose neurons `method` estimates before they run; an unknown one is an error."""
+    if not site.activation:
+        raise PumiceError(
+            f"{site.name} computes something else than act(gate x)·up x, so {method} cannot say what its neurons give "
+            "before they run. Leave it out with `where`, or choose by `contribution`."
+        )
+    return site.activation

@@ -9,8 +9,6 @@ over the weights that they skip, which for equal steps is the same order.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -88,7 +86,7 @@ class Greedy:
             for site in sites if share[site.name]
         }  # fmt: skip
         samples, found = run.samples, torch.zeros(2, dtype=torch.float64)  # Σ ‖Δ‖, tokens
-        with choosing(run.block, forms, partial(getattr, samples.replays, "valid")):
+        with choosing(run.block, forms, samples.replays.counted):
             for group in range(len(samples)):
                 miss = (samples.forward(group) - samples.target(group, "stream"))[samples.valid(group)].norm(dim=-1)
                 found += torch.tensor([miss.sum(dtype=torch.float64).item(), len(miss)], dtype=torch.float64)

@@ -19,8 +19,11 @@ class Cats:
     sparsity: float = 0.5
     first: int = 1  # tokens at the start of a sequence that stay dense
     compensate: bool = False  # the mean of what is dropped stands for it: not in the paper
-    needs = (Entries, Inputs)
     sequential = True  # of what the sparse model before it makes
+
+    @property
+    def needs(self) -> tuple[type, ...]:
+        return (Entries, Inputs) if self.compensate else (Entries,)
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
         score = Projected(role=site.in_roles[0], activation=site.activation)

@@ -7,8 +7,7 @@ measure is that of arXiv:2411.02335, the rest is pumice's own.
 from __future__ import annotations
 
 from pumice.calib.stats import Entries, Inputs, SiteStats
-from pumice.calib.thresholds import by_threshold
-from pumice.errors import PumiceError
+from pumice.calib.thresholds import by_threshold, known_activation
 from pumice.forms import Copied, Select
 from pumice.registry import method
 from pumice.sites import Site
@@ -25,8 +24,6 @@ class LowBit:
     sequential = True  # of what the sparse model before it makes
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
-        if not site.activation:
-            raise PumiceError(f"{site.name} computes something else than act(gate x)·up x: lowbit cannot copy it.")
         weight = site.weight_of("down").norm(dim=0)
-        score = Copied(activation=site.activation, gated="gate" in site.parts, weight=weight)
+        score = Copied(activation=known_activation(site, self.name), gated="gate" in site.parts, weight=weight)
         return by_threshold(score, site, stats, self.sparsity, self.first, compensate=self.compensate)

@@ -7,8 +7,7 @@ around what the high bits give. τ is the quantile over calibration text; for wh
 from __future__ import annotations
 
 from pumice.calib.stats import Entries, Inputs, SiteStats
-from pumice.calib.thresholds import by_threshold
-from pumice.errors import PumiceError
+from pumice.calib.thresholds import by_threshold, known_activation
 from pumice.forms import HighBits, Select
 from pumice.registry import method
 from pumice.sites import Site
@@ -25,8 +24,8 @@ class Planes:
     sequential = True  # of what the sparse model before it makes
 
     def solve(self, site: Site, stats: SiteStats) -> Select:
-        if not site.activation:
-            raise PumiceError(f"{site.name} computes something else than act(gate x)·up x: planes cannot foresee it.")
         weight = site.weight_of("down").norm(dim=0)
-        score = HighBits(activation=site.activation, gated="gate" in site.parts, weight=weight, bits=self.bits)
+        score = HighBits(
+            activation=known_activation(site, self.name), gated="gate" in site.parts, weight=weight, bits=self.bits
+        )
         return by_threshold(score, site, stats, self.sparsity, self.first, compensate=True)
