@@ -22,16 +22,16 @@ calibration text:
 and the same in the codes that the model was stored in (`native`), where CATS at 50 % sets the share:
 
     cats              gate whole, live rows of `up`, the scales of `down` (32 neurons share one) and its live columns
-    planes            the high 2 bits and the scales of gate and up, the scales of `down`; of live neurons all the rest
-    contribution      as planes, as if the high bits gave the exact measure
+    teal, planes      all scales; the codes of live columns, or the planes of them that are read
 
-lowbit, planes and contribution add the mean of what is dropped, which CATS as published does not; `cats, compensated`
-does. `bytes` is what the achieved share of live units on the test text then reads. Ratios are to dense, paired
+`planes` at half of the FFN's bytes too, and dense with the FFN rounded to formats that a user could take in its place.
+lowbit and contribution add the mean of what is dropped, which CATS as published does not; `cats, compensated` does.
+`bytes` is what the achieved share of live units on the test text then reads. Ratios are to dense, paired
 bootstrap over windows. Each row is added to the results when it is done; a killed bench goes on.
 
 Expected: contribution < lowbit < countdown < cats < wina < teal, and lowbit loses at most half of what CATS loses; nets
-behind all of these, since they were made for ReLU; planes lose at most half of what CATS loses. Found: planes do so on
-SmolLM2 (0.43) and do not on Gemma-3-270m (0.81). The other rows are to be measured.
+behind all of these, since they were made for ReLU; planes lose at most half of what CATS loses. Rows that are not here
+are to be measured.
 
 The weights of SmolLM2 were once rounded to about 4 bits, in which a 4-bit copy would save nothing: its 16-bit bytes are
 a convention. Gemma-3-270m keeps 5 to 8 bits in its FFN.
@@ -40,12 +40,16 @@ a convention. Gemma-3-270m keeps 5 to 8 bits in its FFN.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import re
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 from torch import nn
 
 import pumice
@@ -66,7 +70,7 @@ TASKS = {"local_lambada": "acc", "local_piqa": "acc_norm", "local_hellaswag": "a
 PARTS = ("recall", "precision", "captured")
 # bits of a weight's code and of its share of scales: gate and up, down (Gemma: Q6_K in half of its blocks, else Q4_K)
 NATIVE = {"smollm2": ((4, 1), (4, 1)), "gemma-3-270m": ((5, 0.5), (5, 0.53125))}
-HIGH = 2
+FORMATS = ("Q8_0", "Q5_0", "Q4_0")
 CRITERIA = ("plainact", "l2_norm", "grad_norm", "fisher", "snip", "grasp", "nwot")  # the other two are of heads
 NETS = {"dejavu": ("dejavu", {}), "shadowllm, global": ("shadowllm", {"style": "global"})}
 NETS |= {f"shadowllm, {name}": ("shadowllm", {"style": "layer", "criterion": name}) for name in CRITERIA}
@@ -80,7 +84,7 @@ METHODS = {
     "teal": ("teal", {"where": "*mlp*"}),
     "teal, greedy": ("teal", {"where": "*mlp*", "allocation": "greedy"}),
     "svd": ("svd", {}),
-    "planes": ("planes", {"bits": HIGH}),
+    "planes": ("planes", {"where": "*mlp*"}),
     **{name: (method, settings | {"recall": 0.0}) for name, (method, settings) in NETS.items()},
 }
 
@@ -91,6 +95,7 @@ class Bytes:
 
     whole: float = 0.0
     part: float = 1.0
+    code: float = 16.0  # bits of a weight, on average
 
     def read(self, density: float) -> float:
         return self.whole + self.part * density
@@ -105,7 +110,7 @@ def native_bytes(method: str, name: str) -> Bytes:
     whole = 2 * (code + scale) + down + shared
     if method == "cats":
         return Bytes((code + scale + shared) / whole, (code + scale + down) / whole)
-    return Bytes((2 * (HIGH + scale) + shared) / whole, (2 * (code - HIGH) + down) / whole)
+    return Bytes((2 * scale + shared) / whole, (2 * code + down) / whole, (2 * code + down) / 3)
 
 
 def bytes_of(method: str, model) -> Bytes:
@@ -140,12 +145,17 @@ def against(found: TaskScores, dense: TaskScores) -> dict:
 
 def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> dict:
     method, settings = METHODS[name]
-    settings = {"sparsity": round(cost.sparsity(share), 4), **settings}
+    sparsity = round(cost.sparsity(share), 4)
+    asked = {"bits": round((1 - sparsity) * cost.code, 4)} if method == "planes" else {"sparsity": sparsity}
+    settings = asked | settings
     plan = pumice.sparsify(model, recipe.build(method, settings), text, resume=False, check=False)
     twin = plan.attach(model, exec="reference")
     twin.pumice.counting = True
     found = perplexity(twin, test)
     densities = [selection.counter.density for selection in twin.pumice.selections.values()]
+    forms = [selection.form for selection in twin.pumice.selections.values()]
+    if method == "planes":  # of the bits that the model was stored in, whatever grid a matrix is read in
+        densities = [one * sum(form.cut.bits) / cost.code for one, form in zip(densities, forms, strict=True)]
     density = statistics.mean(densities)
     some = replace(test, ids=test.ids[:16], valid=test.valid[:16])
     alike = agreement(model, twin, some)
@@ -154,6 +164,7 @@ def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> di
     return {
         "method": name,
         "share": share,
+        "sparsity": sparsity,
         **settings,
         "density": round(density, 4),
         "density_of_sites": [round(min(densities), 4), round(max(densities), 4)],
@@ -166,16 +177,33 @@ def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> di
     }
 
 
+def rounded(model, form: str, name: str, test) -> dict:
+    """Dense, with the FFN's matrices rounded to one of GGUF's formats."""
+    (code, scale), (down, shared) = NATIVE[name]
+    with torch.no_grad():
+        for site in detect(model := copy.deepcopy(model)).of_kind("ffn"):
+            for role in site.parts:
+                codes = quantize(site.weight_of(role).numpy(), GGMLQuantizationType[form])
+                site.matrix(role).copy_(torch.from_numpy(dequantize(codes, GGMLQuantizationType[form])))
+    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[form]]
+    return {
+        "method": f"dense {form}",
+        "share": 1.0,
+        "bytes": round(3 * 8 * size / block / (2 * (code + scale) + down + shared), 4),
+        "losses": [round(loss, 6) for loss in perplexity(model, test).losses],
+    }
+
+
 def finished(data: dict) -> dict:
     """Perplexities, errors and ratios, all from the windows' losses."""
     for model in data["models"].values():
         dense = scored(model["dense"])
         model["perplexity"] = round(dense.perplexity, 3)
-        for row in model["rows"].values():
+        for key, row in model["rows"].items():
             mine = scored(row["losses"])
             row["perplexity"], row["error"] = round(mine.perplexity, 3), round(mine.standard_error, 3)
             row["ratio_to_dense"] = [round(part, 4) for part in paired_ratio(mine, dense)]
-            cats = model["rows"].get(f"cats {row['share']:.4g}" if row["share"] in SHARES else "cats 0.6667")
+            cats = model["rows"].get("cats 0.6667" if "native" in key else f"cats {row['share']:.4g}")
             if cats is not None and "perplexity" in cats:
                 loss = cats["perplexity"] - dense.perplexity
                 row["loss_over_that_of_cats"] = round((mine.perplexity - dense.perplexity) / loss, 3)
@@ -197,9 +225,10 @@ def table(data: dict) -> str:
             bytes_read = "measure" if row["method"] == "contribution" else f"{row['bytes']:.3f}"
             low, high = row["ratio_to_dense"][1:]
             ratio = f"{row['ratio_to_dense'][0]:.3f} [{low:.3f}, {high:.3f}]"
-            cells = [row["method"], f"{row['sparsity']:.3f}", f"{row['density']:.3f}", bytes_read]
+            cells = [row["method"], *(f"{row[part]:.3f}" if part in row else "" for part in ("sparsity", "density"))]
+            cells += [bytes_read]
             cells += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", ratio, row.get("loss_over_that_of_cats", "")]
-            cells += [f"{row['kl']:.3f}", f"{row['same_token']:.3f}"]
+            cells += [f"{row[part]:.3f}" if part in row else "" for part in ("kl", "same_token")]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines += table_of_tasks(model["rows"])
     return "\n".join(lines)
@@ -261,9 +290,13 @@ def main() -> None:
                 for share in SHARES for method in METHODS if method != "planes"]  # fmt: skip
         if (name := options.name or options.model) in NATIVE:
             share = native_bytes("cats", name).read(0.5)
-            todo += [
-                (f"{method} native", method, native_bytes(method, name), share) for method in ("planes", "contribution")
-            ]  # fmt: skip
+            todo += [(f"{method} native", method, native_bytes(method, name), share) for method in ("planes", "teal")]
+            todo.append(("planes native 0.5", "planes", native_bytes("planes", name), 0.5))
+            for form in FORMATS:
+                if (key := f"dense {form} native") not in mine["rows"] and re.search(options.only, key):
+                    mine["rows"][key] = rounded(model, form, name, test)
+                    save()
+                    print(key, mine["rows"][key]["perplexity"], mine["rows"][key]["bytes"], flush=True)
         for key, method, cost, share in todo:
             if key in mine["rows"] or not re.search(options.only, key):
                 continue

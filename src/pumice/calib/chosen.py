@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from pumice.forms import Form, Magnitude, Select, drop
+from pumice.forms import Form, Levels, Magnitude, Select, drop
 from pumice.kernels.seen import Seen
 from pumice.sites import Block, Site
 
@@ -38,7 +38,7 @@ def choosing(block: Block, forms: Mapping[str, Form], valid: Callable[[], Tensor
 
 
 def _hooks(site: Site, form: Select, modules: dict[str, nn.Module], valid: Callable[[], Tensor]) -> list:
-    seen = Seen(site)
+    seen, added = Seen(site), []
 
     def note(name: str):
         def hook(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
@@ -55,16 +55,17 @@ def _hooks(site: Site, form: Select, modules: dict[str, nn.Module], valid: Calla
         rows = a.reshape(*counted.shape, -1)
         live = form.live_of(seen.tokens(rows))
         seen.clear()
-        edited = drop(rows, live, counted.cumsum(1) > form.first).reshape(a.shape)
+        late = counted.cumsum(1) > form.first
+        added[:] = [seen.stand_in(form, rows, late)]
+        edited = drop(rows, live, late).reshape(a.shape)
         return ((edited, *args[1:]), kwargs) if args else (args, kwargs | {name: edited})
 
     def stand_in(module: nn.Module, args: tuple, out: Tensor) -> Tensor:
-        late = (valid().cumsum(1) > form.first).reshape(*out.shape[:-1], 1).to(out.device)
-        return out + late * form.rest.to(out)
+        return out + added.pop().reshape(out.shape).to(out)
 
     last = modules[site.parts[site.out_role].module]
     handles = [last.register_forward_pre_hook(edit, with_kwargs=True)]
-    if form.rest is not None:
+    if form.rest is not None or isinstance(form.cut, Levels):
         handles.append(last.register_forward_hook(stand_in))
     if not isinstance(form.score, Magnitude):
         names = {site.parts[role].module for role in site.in_roles}

@@ -11,7 +11,6 @@ from pumice.calib.units import weights_of_unit
 from pumice.errors import PumiceError
 from pumice.forms import Select, Threshold, Tokens
 from pumice.kernels.near import Near
-from pumice.kernels.planes import High
 from pumice.sites import Site
 
 
@@ -56,11 +55,7 @@ def tokens_of(site: Site, stats: SiteStats) -> Tokens:
         alone(role)
         return Near.of(site, role).reference(stats[Entries])
 
-    def high(role: str, bits: int) -> tuple[Tensor, Tensor]:
-        alone(role)
-        return High.of(site, role, bits).reference(stats[Entries])
-
-    return Tokens(a=lambda: stats[Inputs], x=lambda: stats[Entries], parts=parts, near=near, high=high)
+    return Tokens(a=lambda: stats[Inputs], x=lambda: stats[Entries], parts=parts, near=near)
 
 
 def known_activation(site: Site, method: str) -> str:

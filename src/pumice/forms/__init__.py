@@ -7,13 +7,12 @@
 Methods return Forms and never see kernels; kernels and the runtime never see methods.
 """
 
-from pumice.forms.cuts import Sample, Threshold, TopK
+from pumice.forms.cuts import Levels, Sample, Threshold, TopK
 from pumice.forms.data import collector, decode, encode
 from pumice.forms.mask import Mask
 from pumice.forms.scores import (
     Copied,
     Factored,
-    HighBits,
     Magnitude,
     Predicted,
     Projected,
@@ -33,7 +32,7 @@ __all__ = [
     "Copied",
     "Factored",
     "Form",
-    "HighBits",
+    "Levels",
     "Magnitude",
     "Mask",
     "Predicted",

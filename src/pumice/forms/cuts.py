@@ -87,3 +87,55 @@ class Threshold:
             elif following.numel():
                 tau = (tau + following.min().item()) / 2
         return cls(tau=tau, sparsity=(flat <= tau).float().mean().item() if flat.numel() else 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Levels:
+    """Of a unit's weights so many planes of bits are read as there are taus below its score, the highest first.
+
+    A plane is left out if and only if score <= tau, so that NaN reads all of them and is seen.
+    """
+
+    taus: tuple[float, ...]  # one for each plane, none below the one before
+    bits: tuple[int, ...]  # of each plane
+    sparsity: float  # the share of the bits that it left out on the calibration text
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "taus", tuple(self.taus))  # as JSON has them they are lists
+        object.__setattr__(self, "bits", tuple(self.bits))
+        if len(self.taus) != len(self.bits) or list(self.taus) != sorted(self.taus):
+            raise PumiceError(f"levels have a tau for each plane, none below the one before; got {self.taus}.")
+
+    def depth(self, score: Tensor) -> Tensor:
+        """Planes that are read of each unit, int64."""
+        return sum((~(score <= tau)).long() for tau in self.taus)
+
+    def share(self, depth: Tensor) -> Tensor:
+        """Of each unit's bits, those that are read."""
+        read = torch.tensor([0, *self.bits], device=depth.device).cumsum(0)
+        return (read / read[-1])[depth]
+
+    @classmethod
+    def removing(cls, score: Tensor, gains: tuple[float, ...], bits: tuple[int, ...], sparsity: float) -> Levels:
+        """The plane p of a unit is read where score · gains[p] > θ, with the least θ that leaves out `sparsity`.
+
+        gains[p]: √ of what the plane takes from the squared error of a weight, for each bit.
+        """
+        ordered = score.flatten().sort().values
+        if not len(ordered) or bool(ordered[-1].isnan()):
+            raise PumiceError("levels were asked of scores with NaN among them: the model overflows on this text.")
+        falling = [max(min(gains[: p + 1]), 1e-30) for p in range(len(bits))]  # no plane before the one above it
+
+        def left_out(theta: float) -> tuple[list[float], float]:
+            taus = [theta / gain for gain in falling]
+            below = torch.searchsorted(ordered, ordered.new_tensor(taus), right=True) / len(ordered)
+            return taus, sum(part * share.item() for part, share in zip(bits, below, strict=True)) / sum(bits)
+
+        low, high = 0.0, ordered[-1].item() * falling[0]
+        if sparsity <= 0:
+            return cls(taus=(-1.0,) * len(bits), bits=bits, sparsity=0.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if left_out(middle)[1] < sparsity else (low, middle)
+        taus, found = left_out(high)
+        return cls(taus=tuple(taus), bits=bits, sparsity=found)

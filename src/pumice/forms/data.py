@@ -7,13 +7,13 @@ from typing import get_args
 from torch import Tensor
 
 from pumice.errors import PumiceError
-from pumice.forms.cuts import Sample, Threshold, TopK
+from pumice.forms.cuts import Levels, Sample, Threshold, TopK
 from pumice.forms.mask import Mask
 from pumice.forms.scores import Score
 from pumice.forms.select import Select
 from pumice.forms.slim import Slim
 
-TYPES = {t.__name__: t for t in (Mask, Slim, Select, *get_args(Score), TopK, Sample, Threshold)}
+TYPES = {t.__name__: t for t in (Mask, Slim, Select, *get_args(Score), TopK, Sample, Threshold, Levels)}
 
 
 def collector(tensors: dict[str, Tensor]):

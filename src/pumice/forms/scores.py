@@ -81,7 +81,6 @@ class Tokens:
     x: Callable[[], Tensor] | None = None  # what they are made from, [..., d]
     parts: dict[str, Callable[[], Tensor]] = field(default_factory=dict)  # gate, up: what a matrix gives, [..., units]
     near: Callable[[str], Tensor] | None = None  # the same by a 4-bit copy of the matrix (kernels.near), by role
-    high: Callable[[str, int], tuple[Tensor, Tensor]] | None = None  # ẑ and σ² by its high bits (kernels.planes)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -217,38 +216,10 @@ class Copied:
         return a.abs() if self.weight is None else a.abs() * self.weight.to(a)
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class HighBits:
-    """s_j = w_j·√(E act(g)² · E u²), g and u normal around what the high `bits` of gate and up give (kernels.planes).
-
-    The codes are those that the model's weights were made from; a plan holds none.
-    """
-
-    activation: str
-    gated: bool = True
-    weight: Tensor  # [units]
-    bits: int = 2
-    known = "before"
-
-    def of_tokens(self, tokens: Tokens) -> Tensor:
-        act, (up, spread) = ACTIVATIONS[self.activation], tokens.high("up", self.bits)
-        if self.gated:
-            squares = _mean_square(act, *tokens.high("gate", self.bits)) * (up.square() + spread)
-        else:
-            squares = _mean_square(act, up, spread)
-        return squares.sqrt() * self.weight.to(squares)
-
-
-def _mean_square(act: Callable, mean: Tensor, variance: Tensor) -> Tensor:
-    """E act(z)² of normal z, by three points (Gauss-Hermite)."""
-    far = (3 * variance).sqrt()
-    return (4 * act(mean).square() + act(mean + far).square() + act(mean - far).square()) / 6
-
-
 def between(x: Tensor) -> Tensor:
     """Along the last axis from 0 at the least entry to 1 at the largest."""
     low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     return (x - low) / (high - low).clamp_min(1e-30)
 
 
-Score = PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected | Predicted | Factored | Copied | HighBits
+Score = PromptNorm | Static | RankFusion | Uniform | Magnitude | Projected | Predicted | Factored | Copied

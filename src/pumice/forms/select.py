@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pumice.budget import removed
 from pumice.errors import PumiceError
-from pumice.forms.cuts import Sample, Threshold, TopK
+from pumice.forms.cuts import Levels, Sample, Threshold, TopK
 from pumice.forms.scores import Predicted, Score, Tokens
 
 
@@ -29,7 +29,7 @@ class Select:
     """
 
     score: Score
-    cut: TopK | Sample | Threshold
+    cut: TopK | Sample | Threshold | Levels
     units: int
     scope: Literal["prompt", "token"] = "prompt"
     batch: Literal["sequence", "shared"] = "sequence"
@@ -43,8 +43,8 @@ class Select:
             raise PumiceError(f"{type(self.score).__name__} is no score of scope {self.scope}.")
         if self.rest is not None and self.scope == "prompt":
             raise PumiceError("what stands for dropped units is of scope token.")
-        if self.scope == "prompt" and isinstance(self.cut, Threshold):
-            raise PumiceError("a Threshold is a cut of scope token; a prompt chooses a number of units.")
+        if self.scope == "prompt" and isinstance(self.cut, (Threshold, Levels)):
+            raise PumiceError(f"{type(self.cut).__name__} is a cut of scope token; a prompt chooses a number of units.")
         if isinstance(self.score, Predicted) and len(self.score.second) * self.score.group != self.units:
             raise PumiceError(
                 f"a net scores {len(self.score.second)} groups of {self.score.group}, not {self.units} units."
@@ -54,7 +54,7 @@ class Select:
 
     @property
     def sparsity(self) -> float:
-        if isinstance(self.cut, Threshold):
+        if isinstance(self.cut, (Threshold, Levels)):
             return self.cut.sparsity
         ranked = self.units // self.group
         return removed(ranked, self.cut.sparsity) / ranked
@@ -65,7 +65,9 @@ class Select:
         return getattr(self.score, "group", 1)
 
     def live_of(self, tokens: Tokens) -> Tensor:
-        """Scope `token`: the live units of every token, bool [..., units]."""
+        """Scope `token`: the live units of every token, bool [..., units]; with Levels none: planes stand for all."""
+        if isinstance(self.cut, Levels):
+            return torch.zeros_like(self.score.of_tokens(tokens), dtype=torch.bool)
         return self.spread(self.cut.keep(self.score.of_tokens(tokens)))
 
     def spread(self, live: Tensor) -> Tensor:

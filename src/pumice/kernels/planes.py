@@ -1,102 +1,182 @@
-"""Planes: the high bits of a matrix that is stored in codes, which tell roughly what it would give.
+"""Planes: a matrix in codes, of which each column is read as many bits as a token needs, the highest first.
 
-w = low + step · code in groups of 32 columns;  ẑ = Ŵ x, Ŵ with the mean of all codes that share their high bits;
-σ²(z - ẑ) = v · Σ_g step_g² ‖x_g‖², v the variance of the codes within such a class.
+w = low + step · code in groups of 32 columns, code of B bits;  of its first b bits  ŵ_b = low + step · (the middle of
+the codes that begin with them),  ŵ_0 = 0;  y = Σ_i x̂_i ŵ_b(i),  x̂: int8 in groups of 32
 """
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from pumice.errors import PumiceError
-from pumice.sites import Site
+from pumice.kernels.cpu.library import Codes, library
+from pumice.kernels.ops import KINDS, MAX_ROWS
+from pumice.kernels.skip import STORED, Isa, pointer
 from pumice.store import GROUP
 
 # bits, and whether a group has a least value of its own: GGUF's Q4_0, Q4_1, Q5_0, Q5_1, from few bytes to many
 GRIDS = ((4, False), (4, True), (5, False), (5, True))
 NEAR = 0.3  # of a step: bf16 moves weights and ends of 5 bits by up to 0.25; of 30 other weights 1 in 5e6 lie so near
+TILE = 128  # outputs that lie together (cpu/planes.h)
+PLANE = 2  # bits: narrower planes choose better, and each is a pass of its own
 
 
 @dataclass(frozen=True, eq=False)
 class Grid:
-    """The codes that a matrix [out, in] was made from."""
+    """A matrix [out, in] in codes."""
 
-    codes: Tensor  # uint8 [out, groups, 32]
-    step: Tensor  # [out, groups, 1]
-    low: Tensor  # [out, groups, 1], the value of code 0
+    codes: Tensor  # uint8 [out, in]
+    step: Tensor  # fp16 values, [out, groups]
+    low: Tensor | None  # the value of code 0, [out, groups]; none: -2^(bits - 1) steps
     bits: int
-    has_low: bool  # stored beside the step, in 16 bits each
 
     @classmethod
-    def of(cls, matrix: Tensor, name: str) -> Grid:
-        """The narrowest grid on which all of its values lie."""
-        spare = -matrix.shape[1] % GROUP  # repeats the last column, so that it lies on the grid too
+    def of(cls, matrix: Tensor) -> Grid:
+        """The codes that the matrix was made from, if all of its values lie on a grid; else 8 bits, rounded."""
+        columns = matrix.shape[1]
+        spare = -columns % GROUP  # repeats the last column, so that it lies on the grid too
         w = F.pad(matrix.detach().float()[None], (0, spare), mode="replicate")[0].unflatten(1, (-1, GROUP))
         for bits, has_low in GRIDS:
-            top = (1 << bits) - 1
+            top, half = (1 << bits) - 1, 1 << bits - 1
             if has_low:
                 low = w.amin(-1, keepdim=True)
                 step = (w.amax(-1, keepdim=True) - low) / top
             else:
-                step = w.gather(-1, w.abs().argmax(-1, keepdim=True)) / -(1 << bits - 1)
-                low = -(1 << bits - 1) * step
+                step = w.gather(-1, w.abs().argmax(-1, keepdim=True)) / -half
+                low = -half * step
             exact = torch.where(step == 0, 0.0, (w - low) / step)
             codes = exact.round().clamp(0, top)
             if bool(((exact - codes).abs() <= NEAR).all()):
-                return cls(codes.to(torch.uint8), step, low, bits, has_low)
-        raise PumiceError(
-            f"the weights of {name} are no codes of 4 or 5 bits that reach their ends in every group of 32: `lowbit` "
-            "makes copies of such weights."
-        )
+                return cls._of(codes, step, low if has_low else None, bits, columns)
+        step = (w.abs().amax(-1, keepdim=True) / 127).half().float()
+        codes = torch.where(step == 0, 0.0, w / step).round().clamp(-127, 127) + 128
+        return cls._of(codes, step, None, 8, columns)
+
+    @classmethod
+    def _of(cls, codes: Tensor, step: Tensor, low: Tensor | None, bits: int, columns: int) -> Grid:
+        step, low = (None if t is None else t[..., 0].half().float() for t in (step, low))
+        return cls(codes.to(torch.uint8).flatten(1)[:, :columns], step, low, bits)
 
     @property
     def shared_bits(self) -> float:
         """What step and least value take of each weight."""
-        return (32 if self.has_low else 16) / GROUP
+        return 16 * (1 if self.low is None else 2) / GROUP
 
 
 @dataclass(frozen=True, eq=False)
-class High:
-    """What the high bits of one of an FFN's matrices tell."""
+class BitPlanes:
+    """A grid whose codes are read in planes of two bits, the last of what is left."""
 
-    dense: Tensor  # [units, d]
-    squares: Tensor  # v · step², [units, groups]
-    bias: Tensor | None  # [units]
+    grid: Grid
 
-    @classmethod
-    def of(cls, site: Site, role: str, bits: int) -> High:
-        bias, units = site.bias(role), torch.arange(site.units, device=site.matrix(role).device)
-        rows = site.parts[role].index(units)
-        matrix = site.weight_of(role)[rows]
-        grid = Grid.of(matrix, f"{site.name}, {role},")
-        if not 1 <= bits <= grid.bits:
-            raise PumiceError(f"{site.name} is stored in {grid.bits} bits: there are no {bits} high ones.")
-        codes, classes = grid.codes.float(), (grid.codes >> grid.bits - bits).long()
-        weight = grid.step.square().expand_as(codes)  # that of an error in the output
-        mean, variance = _moments(codes, classes, weight, 1 << bits)
-        dense = (mean[classes] * grid.step + grid.low).flatten(1)[:, : matrix.shape[1]]
-        return cls(dense, variance * grid.step[..., 0].square(), None if bias is None else bias[rows])
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Of each plane, the highest first."""
+        whole, left = divmod(self.grid.bits, PLANE)
+        return (PLANE,) * whole + (left,) * bool(left)
 
-    def reference(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """[..., d] -> ẑ and σ², [..., units], fp32."""
-        x = x.float()
-        energy = F.pad(x.square(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP)).sum(-1)
-        return F.linear(x, self.dense.to(x.device), self.bias), F.linear(energy, self.squares.to(x.device))
-
-
-def _moments(codes: Tensor, classes: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The weighted mean of every class [count], and the variance within classes."""
-
-    def summed(values: Tensor) -> Tensor:
-        return torch.zeros(count, dtype=torch.float64, device=codes.device).scatter_add_(
-            0, classes.flatten(), values.double().flatten()
+    def level(self, planes: int) -> Tensor:
+        """The matrix by its first planes, fp32 [out, in]."""
+        grid = self.grid
+        if not planes:
+            return torch.zeros_like(grid.codes, dtype=torch.float32)
+        unread = grid.bits - sum(self.bits[:planes])
+        codes = (grid.codes >> unread << unread).float() + ((1 << unread) - 1) / 2
+        columns = codes.shape[1]
+        step, low = (
+            None if t is None else t.repeat_interleave(GROUP, dim=1)[:, :columns] for t in (grid.step, grid.low)
         )
+        return step * (codes - (1 << grid.bits - 1)) if low is None else torch.addcmul(low, step, codes)
 
-    whole = summed(weight).clamp_min(1e-300)
-    mean = summed(codes * weight) / whole
-    variance = (summed(codes.square() * weight) - mean.square() * whole).sum().clamp_min(0) / whole.sum()
-    return mean.float(), variance.float()
+    @cached_property
+    def gains(self) -> tuple[float, ...]:
+        """√ of what each plane takes from the mean square error of a weight, for each of its bits."""
+        whole = self.level(len(self.bits))
+        error = [(whole - self.level(planes)).square().mean().item() for planes in range(len(self.bits) + 1)]
+        return tuple((max(error[p] - error[p + 1], 0.0) / bits) ** 0.5 for p, bits in enumerate(self.bits))
+
+    def reference(self, x: Tensor, depth: Tensor) -> Tensor:
+        """x [..., in], the planes that are read of each of its columns [..., in] -> y [..., out], fp32."""
+        rounded = _rounded(x, depth)
+        y = x.new_zeros(*x.shape[:-1], len(self.grid.codes), dtype=torch.float32)
+        for planes in range(1, len(self.bits) + 1):
+            y += F.linear(rounded * (depth == planes), self.level(planes).to(x.device))
+        return y
+
+
+def _rounded(x: Tensor, depth: Tensor) -> Tensor:
+    """x in int8, with a scale for each group of 32 at which the sums of its highest codes fit 16 bits too."""
+    spare = -x.shape[-1] % GROUP
+    groups, depth = (F.pad(t, (0, spare)).unflatten(-1, (-1, GROUP)) for t in (x.float(), depth))
+    most = torch.tensor([0.0, 12.0, 15.0], device=x.device)[depth.clamp_max(2)]  # of the first two planes
+    fits = (groups.abs() * most).sum(-1, keepdim=True) / (32767 - GROUP * 15 / 2)
+    scale = torch.maximum(fits, groups.abs().amax(-1, keepdim=True) / 127)
+    codes = torch.where(scale > 0, groups * (1 / scale), groups).round().clamp(-127, 127)  # NaN stays
+    return (codes * scale).flatten(-2)[..., : x.shape[-1]]
+
+
+class ReadPlanes:
+    """y = W x on the CPU, for up to 8 rows of fp32 or bf16: of W's columns the planes are read that x is worth.
+
+    `taus`: plane p of a column is left out where |x_i| <= taus[p].
+    """
+
+    def __init__(self, planes: BitPlanes, bias: Tensor | None, taus: tuple[float, ...], dtype: torch.dtype,
+                 isa: Isa | None = None) -> None:  # fmt: skip
+        grid = planes.grid
+        out, columns = grid.codes.shape
+        rows = -(-out // TILE) * TILE
+        if dtype not in STORED or grid.codes.device.type != "cpu" or len(taus) > 4:
+            raise PumiceError("the kernel of planes takes fp32 and bf16 in the CPU's memory, and four planes at most.")
+        unread, packed = grid.bits, []
+        for bits in planes.bits:
+            unread -= bits
+            packed.append(_packed(grid.codes >> unread & (1 << bits) - 1, bits, rows))
+        step, low = (
+            None if t is None else _in_tiles(F.pad(t.T, (0, rows - out)).half()) for t in (grid.step, grid.low)
+        )
+        bias = None if bias is None else bias.detach().float().contiguous()
+        self._tensors = (*packed, step, low, bias)
+        self._codes = Codes(out, columns, rows, tuple(map(pointer, packed)), pointer(step), pointer(low),
+                            pointer(bias), taus, planes.bits, len(taus))  # fmt: skip
+        loaded = library()
+        self._call, self._avx = loaded.pumice_planes, int(loaded.pumice_has_avx2() if isa is None else isa == "avx2")
+        self._address, self._read = ctypes.addressof(self._codes), ctypes.c_int64()
+        self._counted = ctypes.addressof(self._read)
+        self.dtype, self.out, self._io = dtype, out, KINDS[STORED[dtype]]
+        self.units = columns * grid.bits  # bits that a row reads at the most of each output
+        self.plane_bytes = sum(t.numel() for t in packed)
+        self.shared_bytes = sum(t.numel() * t.element_size() for t in (step, low) if t is not None)
+        self.live, self.union = 0, 0.0
+
+    def __call__(self, x: Tensor, live: None = None) -> Tensor:
+        """[..., in] -> [..., out]; `live` is then the bits that the rows read of each output, `union` those of one."""
+        x = x.contiguous()
+        rows = x.numel() // x.shape[-1]
+        if rows > MAX_ROWS or x.dtype is not self.dtype:
+            raise PumiceError(f"this kernel takes up to {MAX_ROWS} rows of {self.dtype}; got {rows} of {x.dtype}.")
+        y = x.new_empty((*x.shape[:-1], self.out))
+        if self._call(self._address, x.data_ptr(), y.data_ptr(), rows, self._io, self._avx, self._counted):
+            raise PumiceError("the CPU kernels found no memory for their input. Free some.")
+        self.live = self._read.value
+        self.union = self.live / rows
+        return y
+
+
+def _packed(codes: Tensor, bits: int, rows: int) -> Tensor:
+    """Codes of one plane [out, in] -> the bytes that the kernel reads."""
+    per_byte = 8 // bits
+    tiles = F.pad(codes.T, (0, rows - len(codes))).unflatten(1, (-1, per_byte, TILE // per_byte))
+    shifts = bits * torch.arange(per_byte, dtype=torch.uint8)[:, None]
+    return (tiles << shifts).sum(2, dtype=torch.uint8).transpose(0, 1).contiguous()
+
+
+def _in_tiles(groups: Tensor) -> Tensor:
+    """[groups, rows] -> [tiles, groups, 128]"""
+    return groups.unflatten(1, (-1, TILE)).transpose(0, 1).contiguous()

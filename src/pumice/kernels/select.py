@@ -16,11 +16,13 @@ import torch.nn.functional as F
 
 from pumice.disk import cache_dir, write
 from pumice.errors import PumiceError
+from pumice.forms import Levels
 from pumice.kernels.cpu.library import VERSION
 from pumice.kernels.ops import Product
 from pumice.kernels.pack import pack
+from pumice.kernels.planes import BitPlanes, Grid, ReadPlanes
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
-from pumice.store import Store
+from pumice.store import GROUP, Store
 
 Net = tuple[tuple[int, int], ...]  # [out, in] of the matrices that one site pays for
 
@@ -54,6 +56,13 @@ def columns_pay(out: int, units: int, percent: int, rows: int, dtype: torch.dtyp
         return False
     key = f"columns{VERSION}/{_machine('cpu')}/{dtype}/{out}x{units}:{percent}%/rows{rows}"
     return measured(key, lambda: _time_columns(out, units, percent, rows, dtype))["speedup"] > 1.0
+
+
+@cache
+def planes_pay(out: int, columns: int, bits: tuple[int, ...], percent: int, rows: int, dtype: torch.dtype) -> bool:
+    """Whether a matrix of which about `percent` % of the codes' bits are read runs faster than the dense one."""
+    key = f"planes{VERSION}/{_machine('cpu')}/{dtype}/{out}x{columns} {bits}:{percent}%/rows{rows}"
+    return measured(key, lambda: _time_planes(out, columns, bits, percent, rows, dtype))["speedup"] > 1.0
 
 
 @cache
@@ -140,6 +149,20 @@ def _time_columns(out, units, percent, rows, dtype) -> dict:
     x = (torch.randn(rows, units) * (torch.rand(rows, units) * 100 < percent)).to(dtype)
     dense = [partial(F.linear, weight=matrix.T.contiguous()) for matrix in columns]  # as the model stores it
     return _compared(dense, [SkipColumns(matrix, None, 0.0) for matrix in columns], x, "skip_us")
+
+
+def _time_planes(out, columns, bits, percent, rows, dtype) -> dict:
+    copies = max(2, min(64, SPREAD // (out * columns * dtype.itemsize)))
+    x, all_bits = torch.randn(rows, columns).to(dtype), sum(bits)
+    dense, sparse = [], []
+    for _ in range(copies):
+        codes = torch.randint(0, 1 << all_bits, (out, columns), dtype=torch.uint8)
+        step = torch.rand(out, -(-columns // GROUP)) / 8
+        planes = BitPlanes(Grid(codes, step, -8 * step, all_bits))
+        levels = Levels.removing(x.float().abs(), planes.gains, bits, 1 - percent / 100)
+        sparse.append(ReadPlanes(planes, None, levels.taus, dtype))
+        dense.append(partial(F.linear, weight=torch.randn(out, columns).to(dtype)))
+    return _compared(dense, sparse, x, "planes_us")
 
 
 def _time_neurons(d, units, out, matrices, told, percent, rows, dtype) -> dict:

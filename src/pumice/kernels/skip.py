@@ -22,7 +22,7 @@ from pumice.kernels.ops import KINDS, MAX_ROWS
 from pumice.store import GROUP, Store
 
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh")
-_STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 Isa = Literal["avx2", "portable"]
 
 
@@ -43,7 +43,7 @@ class _Skip:
         self._avx = int(loaded.pumice_has_avx2() if isa is None else isa == "avx2")
         self._call, self._read = loaded.pumice_skip, (ctypes.c_int64 * 2)()
         self._address, self._counts = ctypes.addressof(units), ctypes.addressof(self._read)
-        self._io = KINDS[_STORED[dtype]]
+        self._io = KINDS[STORED[dtype]]
 
     def __call__(self, x: Tensor, live: Tensor | None = None) -> Tensor:
         """[..., in] -> [..., out], at most 8 rows; `union` and `live` then say what was read.
@@ -81,7 +81,7 @@ class SkipColumns(_Skip):
     def __init__(self, columns: Tensor, bias: Tensor | None, tau: float, weight: Tensor | None = None,
                  isa: Isa | None = None) -> None:  # fmt: skip
         down, weight = _down(columns, bias), None if weight is None else weight.float().contiguous()
-        units = Units(down=_matrix(down), weight=_pointer(weight), tau=tau)
+        units = Units(down=_matrix(down), weight=pointer(weight), tau=tau)
         super().__init__(units, [down.weight, down.bias, weight], columns.shape[1], columns.dtype, isa)
 
 
@@ -104,7 +104,7 @@ class SkipNeurons(_Skip):
             second=_matrix(parts[1]),
             down=_matrix(parts[2]),
             **{f"near_{at}": _codes(store) for at, store in zip(("first", "second"), near, strict=False)},
-            weight=_pointer(weight),
+            weight=pointer(weight),
             tau=tau,
             activation=ACTIVATIONS.index(activation),
             scored=int(scored),
@@ -132,18 +132,18 @@ def _down(columns: Tensor, bias: Tensor | None) -> Rows:
 def _matrix(part: Rows | None) -> Matrix:
     if part is None:
         return Matrix()
-    if part.weight.device.type != "cpu" or part.weight.dtype not in _STORED:
+    if part.weight.device.type != "cpu" or part.weight.dtype not in STORED:
         raise PumiceError("the CPU kernels that skip read fp32 and bf16 in the CPU's memory.")
-    kind = KINDS[_STORED[part.weight.dtype]]
-    return Matrix(*part.weight.shape, None, _pointer(part.weight), None, None, _pointer(part.bias), kind)
+    kind = KINDS[STORED[part.weight.dtype]]
+    return Matrix(*part.weight.shape, None, pointer(part.weight), None, None, pointer(part.bias), kind)
 
 
 def _codes(store: Store) -> Matrix:
     if store.kind != "int4" or store.group != GROUP:
         raise PumiceError(f"a copy that chooses neurons is int4 in groups of {GROUP}, not {store.kind}.")
     shape = (store.tensor.shape[0], store.columns)
-    return Matrix(*shape, None, _pointer(store.tensor), None, _pointer(store.scales), None, KINDS["int4"])
+    return Matrix(*shape, None, pointer(store.tensor), None, pointer(store.scales), None, KINDS["int4"])
 
 
-def _pointer(tensor: Tensor | None) -> int | None:
+def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Copied, Factored, HighBits, Magnitude, Predicted, Projected, Select, Threshold
+from pumice.forms import Copied, Factored, Levels, Magnitude, Predicted, Projected, Select, Threshold
 from pumice.kernels.cpu.library import library
-from pumice.kernels.select import Net, bucket, columns_pay, neurons_pay, percent
+from pumice.kernels.planes import ReadPlanes
+from pumice.kernels.select import Net, bucket, columns_pay, neurons_pay, percent, planes_pay
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
 from pumice.runtime.guard import SMALLEST, Unchanged, plain
 from pumice.sites import Site, owner
@@ -32,7 +33,7 @@ class Skipping:
 
     at: str
     whole: bool
-    product: SkipColumns | SkipNeurons
+    product: SkipColumns | SkipNeurons | ReadPlanes
     unchanged: Unchanged
     pays: Callable[[int], bool]  # whether it was timed faster for so many rows
     scores: bool  # it knows or is told what is live; otherwise it is given activations with their zeros
@@ -49,7 +50,7 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
     modules = {part.module: get(part.module) for part in site.parts.values()}
     out = site.matrix(site.out_role)
     told = isinstance(form.score, (Predicted, Factored))
-    if not (told or isinstance(form.cut, Threshold)) or site.expert is not None or site.kind == "experts":
+    if not (told or isinstance(form.cut, (Threshold, Levels))) or site.expert is not None or site.kind == "experts":
         return None
     if site.kind == "heads" and not told:  # a head's norm is no column's
         return None
@@ -59,13 +60,15 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
         or any("forward" in vars(module) for module in modules.values())
     ):  # another part of the plan runs it
         return None
-    if isinstance(form.score, HighBits) or (not always and out.numel() < SMALLEST):
+    if not always and out.numel() < SMALLEST:
         return None
     try:
         library()
     except PumiceError:
         return None
     selection.timed = True
+    if isinstance(form.cut, Levels):
+        return _planes(selection, modules[site.parts["weight"].module], always)
     if site.whole and _tells(site, form.score):
         return _neurons(site, form, modules, selection.seen.copy, always)
     if isinstance(form.score, Copied):
@@ -96,6 +99,16 @@ def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bo
     tau, weight = (form.cut.tau, form.score.weight) if scores else (0.0, None)
     product = SkipColumns(columns, _bias(form, modules[part.module]), tau, weight)
     return Skipping(part.module, False, product, Unchanged([modules[part.module]]), pays, scores)
+
+
+def _planes(selection: TokenSelection, module: nn.Module, always: bool) -> Skipping | None:
+    form, matrix = selection.form, selection.site.matrix()
+    known = (*matrix.shape, form.cut.bits, percent(1 - form.sparsity))
+    pays = _yes if always else cache(lambda rows: planes_pay(*known, bucket(rows), matrix.dtype))
+    if not pays(1):
+        return None
+    product = ReadPlanes(selection.seen.planes, getattr(module, "bias", None), form.cut.taus, matrix.dtype)
+    return Skipping(selection.site.parts["weight"].module, False, product, Unchanged([module]), pays, True)
 
 
 def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, always: bool) -> Skipping | None:

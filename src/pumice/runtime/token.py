@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pumice.errors import PumiceError
-from pumice.forms import Copied, Factored, HighBits, Magnitude, Mask, Predicted, Select, Tokens, drop
+from pumice.forms import Copied, Factored, Levels, Magnitude, Mask, Predicted, Select, Tokens, drop
 from pumice.kernels.seen import Seen
 from pumice.runtime.counters import Counter
 from pumice.runtime.skip import Skipping, skipping
@@ -82,6 +82,9 @@ class TokenSelection:
         if not self.skipped:
             return {}
         density = self.units_read / (self.calls * self.skip.product.units)
+        if isinstance(self.form.cut, Levels):
+            product, matrix = self.skip.product, self.site.parts["weight"].view.parameter
+            return {matrix: round(product.shared_bytes + product.plane_bytes * density)}
         late = {self.site.out_role}
         if self.skip.whole:
             late |= {role for role in self.site.in_roles if role != getattr(self.form.score, "role", "")}
@@ -104,7 +107,7 @@ class TokenSelection:
             return a
         rows = a.reshape(*step.shape, -1)
         live = self.live(lambda: self.seen.tokens(rows))
-        self.count(step.valid, sparse, live)
+        self.count(step.valid, sparse, self.read(live, rows))
         everywhere = torch.ones_like(step.valid) if sparse is None else sparse
         return drop(rows, live, everywhere.to(a.device)).reshape(a.shape)
 
@@ -117,12 +120,19 @@ class TokenSelection:
         self.count(valid, sparse, live)
         return drop(a[:, None], live, torch.ones_like(valid) if sparse is None else sparse)[:, 0]
 
-    def complete(self, y: Tensor) -> Tensor:
-        """Dense output with what stands for the dropped units of its sparse tokens."""
-        if self.form.rest is None:
-            return y
-        sparse, rest = self.runtime.current.tokens(self.form.first), self.form.rest.to(y)
-        return y + rest if sparse is None else y + sparse.reshape(*y.shape[:-1], 1).to(y) * rest
+    def read(self, live: Tensor, rows: Tensor) -> Tensor:
+        """The share of each unit that is read."""
+        if not isinstance(self.form.cut, Levels) or not self.runtime.counting:
+            return live
+        return self.form.cut.share(self.form.cut.depth(self.form.score.of_tokens(Tokens(a=lambda: rows))))
+
+    def complete(self, y: Tensor, a: Tensor) -> Tensor:
+        """Dense output with what stands for the dropped units of its sparse tokens; a: all that the units gave."""
+        step = self.runtime.current
+        sparse = step.tokens(self.form.first)
+        late = torch.ones_like(step.valid) if sparse is None else sparse
+        added = self.seen.stand_in(self.form, a.reshape(*step.shape, -1), late.to(a.device)) if late.any() else None
+        return y if added is None else y + added.reshape(y.shape).to(y)
 
     def count(self, valid: Tensor, sparse: Tensor | None, live: Tensor | None) -> None:
         if not self.runtime.counting:
@@ -155,11 +165,10 @@ def check_token(site: Site, form: Select) -> None:
                 f"the net of {site.name} reads {form.score.first.shape[1]} channels, but {entering} enter: it was made "
                 "for another model."
             )
-    if isinstance(form.score, (Copied, HighBits)) and (site.kind != "ffn" or site.expert is not None):
-        raise PumiceError(
-            f"{site.name} has no matrices of its own to copy: {type(form.score).__name__} is a score of an "
-            "FFN's neurons."
-        )
+    if isinstance(form.score, Copied) and (site.kind != "ffn" or site.expert is not None):
+        raise PumiceError(f"{site.name} has no matrices of its own to copy: Copied is a score of an FFN's neurons.")
+    if isinstance(form.cut, Levels) and (site.kind != "linear" or site.expert is not None):
+        raise PumiceError(f"{site.name} is no matrix of its own: Levels is a cut of the columns of one.")
     if form.rest is not None and site.expert is not None:
         raise PumiceError(f"{site.name} is a fused expert: nothing can stand for what it drops yet.")
     width = site.matrix(site.out_role).shape[0]
@@ -216,7 +225,7 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
                 return selection.run(a)
             edited = selection.edit(a)
             selection.seen.clear()
-            return selection.run(edited) if skips else selection.complete(dense(edited, *args, **kwargs))
+            return selection.run(edited) if skips else selection.complete(dense(edited, *args, **kwargs), a)
 
         return forward
 

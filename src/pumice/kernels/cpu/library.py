@@ -12,7 +12,7 @@ import torch
 
 from pumice.errors import PumiceError
 
-VERSION = 4  # of the interface in api.cpp
+VERSION = 5  # of the interface in api.cpp
 _NAMES = ("libpumice_cpu.so", "libpumice_cpu.dylib", "pumice_cpu.dll")
 
 
@@ -48,6 +48,23 @@ class Units(ctypes.Structure):
     )
 
 
+class Codes(ctypes.Structure):
+    """`Codes` of planes.h."""
+
+    _fields_ = (
+        ("out", c_int64),
+        ("columns", c_int64),
+        ("rows", c_int64),
+        ("planes", c_void_p * 4),
+        ("step", c_void_p),
+        ("low", c_void_p),
+        ("bias", c_void_p),
+        ("tau", c_float * 4),
+        ("bits", c_int32 * 4),
+        ("count", c_int32),
+    )
+
+
 @cache
 def library() -> ctypes.CDLL:
     """The library; a PumiceError says why there is none."""
@@ -66,6 +83,7 @@ def library() -> ctypes.CDLL:
         raise PumiceError(f"the CPU kernels in {file} were built from other sources. Install pumice again.")
     loaded.pumice_product.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int)
     loaded.pumice_skip.argtypes = (c_void_p, c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int, c_void_p)
+    loaded.pumice_planes.argtypes = (c_void_p, c_void_p, c_void_p, c_int64, c_int, c_int, c_void_p)
     loaded.pumice_threads.argtypes = (c_void_p, c_void_p, c_void_p)
     loaded.pumice_threads(*(_openmp() or (None, None, None)))
     return loaded

@@ -1,5 +1,6 @@
 // A matrix [out, in] as the kernels read it, and what every kernel computes: y = W x (+ b), fp32 accumulation.
 #pragma once
+#include <cmath>
 #include <cstdint>
 
 namespace pumice {
@@ -23,6 +24,13 @@ struct Matrix {
 inline int64_t bit_stride(const Matrix& m) { return (m.in + 7) / 8; }
 inline int64_t groups(const Matrix& m) { return (m.in + GROUP - 1) / GROUP; }
 inline int64_t padded(const Matrix& m) { return groups(m) * GROUP; }  // columns of x that may be read, zeros behind `in`
+
+inline float half_to_float(uint16_t h) {
+    const int exponent = (h >> 10) & 31, fraction = h & 1023;
+    const float sign = h >> 15 ? -1.0f : 1.0f;
+    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+    return sign * (exponent ? std::ldexp(float(1024 + fraction), exponent - 25) : std::ldexp(float(fraction), -24));
+}
 
 // Rows [first, last) of y for n <= MAX_ROWS rows of x, in fp32, each `padded(m)` long. y is [n, out].
 using Product = void (*)(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);

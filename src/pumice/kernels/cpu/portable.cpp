@@ -7,13 +7,6 @@
 namespace pumice {
 namespace {
 
-float half(uint16_t h) {
-    const int exponent = (h >> 10) & 31, fraction = h & 1023;
-    const float sign = h >> 15 ? -1.0f : 1.0f;
-    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-    return sign * (exponent ? std::ldexp(float(1024 + fraction), exponent - 25) : std::ldexp(float(fraction), -24));
-}
-
 float value(const Matrix& m, int64_t i) {  // the stored weight number i, before its scale
     switch (m.kind) {
         case F32: return static_cast<const float*>(m.values)[i];
@@ -40,7 +33,7 @@ void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, i
         int64_t at = bits ? m.offsets[row] : row * (m.kind == INT4 ? (m.in + 1) / 2 * 2 : m.in);
         float sum[MAX_ROWS] = {};
         for (int64_t g = 0; g < groups(m); ++g) {
-            const float scale = m.scales ? half(m.scales[row * groups(m) + g]) : 1.0f;
+            const float scale = m.scales ? half_to_float(m.scales[row * groups(m) + g]) : 1.0f;
             const int64_t end = (g + 1) * GROUP < m.in ? (g + 1) * GROUP : m.in;
             float part[MAX_ROWS] = {};
             for (int64_t j = g * GROUP; j < end; ++j) {
@@ -76,7 +69,7 @@ void portable_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t f
                     const int byte = codes[g * GROUP / 2 + i];
                     dot += (((byte & 15) ^ 8) - 8) * column[i] + (((byte >> 4) ^ 8) - 8) * column[GROUP / 2 + i];
                 }
-                sum += half(m.scales[row * groups(m) + g]) * x.scales[r * groups(m) + g] * float(dot);
+                sum += half_to_float(m.scales[row * groups(m) + g]) * x.scales[r * groups(m) + g] * float(dot);
             }
             y[r * m.out + row] = sum;
         }
