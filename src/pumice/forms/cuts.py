@@ -124,18 +124,25 @@ class Levels:
         ordered = score.flatten().sort().values
         if not len(ordered) or bool(ordered[-1].isnan()):
             raise PumiceError("levels were asked of scores with NaN among them: the model overflows on this text.")
-        falling = [max(min(gains[: p + 1]), 1e-30) for p in range(len(bits))]  # no plane before the one above it
-
-        def left_out(theta: float) -> tuple[list[float], float]:
-            taus = [theta / gain for gain in falling]
-            below = torch.searchsorted(ordered, ordered.new_tensor(taus), right=True) / len(ordered)
-            return taus, sum(part * share.item() for part, share in zip(bits, below, strict=True)) / sum(bits)
-
-        low, high = 0.0, ordered[-1].item() * falling[0]
         if sparsity <= 0:
             return cls(taus=(-1.0,) * len(bits), bits=bits, sparsity=0.0)
+        falling = [max(min(gains[: p + 1]), 1e-30) for p in range(len(bits))]  # no plane before the one above it
+
+        def below(theta: float) -> list[int]:
+            """How many scores leave each plane out."""
+            return torch.searchsorted(ordered, ordered.new_tensor([theta / g for g in falling]), right=True).tolist()
+
+        def left_out(theta: float) -> float:
+            return sum(b * n for b, n in zip(bits, below(theta), strict=True)) / (sum(bits) * len(ordered))
+
+        low, high = 0.0, ordered[-1].item() * falling[0]
         for _ in range(60):
             middle = (low + high) / 2
-            low, high = (middle, high) if left_out(middle)[1] < sparsity else (low, middle)
-        taus, found = left_out(high)
-        return cls(taus=tuple(taus), bits=bits, sparsity=found)
+            low, high = (middle, high) if left_out(middle) < sparsity else (low, middle)
+        counts = below(high)
+        # halfway to what is read next, so that rounding on another machine does not move a plane across
+        last = [ordered[n - 1].item() * g for n, g in zip(counts, falling, strict=True) if n]
+        following = [ordered[n].item() * g for n, g in zip(counts, falling, strict=True) if n < len(ordered)]
+        if last and following and min(following) > max(last):
+            high = (max(last) + min(following)) / 2
+        return cls(taus=tuple(high / g for g in falling), bits=bits, sparsity=left_out(high))

@@ -25,7 +25,9 @@ class Planes:
 
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not 0.0 < self.bits <= 8.0:
-            raise PumiceError(f"planes.bits is how many bits of a code are read on average, up to 8; got {self.bits!r}.")
+            raise PumiceError(
+                f"planes.bits is how many bits of a code are read on average, up to 8; got {self.bits!r}."
+            )
 
     def solve(self, site: Site, stats: SiteStats) -> Select | None:
         if site.expert is not None:
