@@ -147,16 +147,17 @@ class ReadPlanes:
                             pointer(bias), taus, planes.bits, len(taus))  # fmt: skip
         loaded = library()
         self._call, self._avx = loaded.pumice_planes, int(loaded.pumice_has_avx2() if isa is None else isa == "avx2")
-        self._address, self._read = ctypes.addressof(self._codes), ctypes.c_int64()
+        self._address, self._read = ctypes.addressof(self._codes), (ctypes.c_int64 * 2)()
         self._counted = ctypes.addressof(self._read)
         self.dtype, self.out, self._io = dtype, out, KINDS[STORED[dtype]]
         self.units = columns * grid.bits  # bits that a row reads at the most of each output
         self.plane_bytes = sum(t.numel() for t in packed)
         self.shared_bytes = sum(t.numel() * t.element_size() for t in (step, low) if t is not None)
-        self.live, self.union = 0, 0.0
+        self.live = 0  # bits of each output that the rows of the last call asked for, together
+        self.union = 0.0  # that a row read: the kernel reads a plane of 32 columns where any of them asks for it
 
     def __call__(self, x: Tensor, live: None = None) -> Tensor:
-        """[..., in] -> [..., out]; `live` is then the bits that the rows read of each output, `union` those of one."""
+        """[..., in] -> [..., out]; `live` and `union` then say what was read."""
         x = x.contiguous()
         rows = x.numel() // x.shape[-1]
         if rows > MAX_ROWS or x.dtype is not self.dtype:
@@ -164,8 +165,7 @@ class ReadPlanes:
         y = x.new_empty((*x.shape[:-1], self.out))
         if self._call(self._address, x.data_ptr(), y.data_ptr(), rows, self._io, self._avx, self._counted):
             raise PumiceError("the CPU kernels found no memory for their input. Free some.")
-        self.live = self._read.value
-        self.union = self.live / rows
+        self.live, self.union = self._read[0], self._read[1] / rows
         return y
 
 

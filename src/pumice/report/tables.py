@@ -78,7 +78,7 @@ def verdicts(rows: list[Row]) -> list[str]:
     formless = [row for row in rows if row.ran == "masked, no gathered form"]
     if formless:
         lines.append(
-            f"{_list(formless)}: no speed. Fused experts, heads, small matrices, planes of codes and sets that "
+            f"{_list(formless)}: no speed. Fused experts, heads, small matrices and sets that "
             "differ from row to row have no faster form yet, so dense work is done and masked."
         )
     slower = [row for row in rows if row.ran == "masked"]

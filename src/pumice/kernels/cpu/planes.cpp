@@ -8,9 +8,9 @@
 namespace pumice {
 namespace {
 
-// What a row of x [in] asks, group by group; gives the bits of all columns together that are read. Without branches on
-// x, which nothing could foresee.
-int64_t ask(const Codes& m, const float* x, Asked* asked) {
+// What a row of x [in] asks, group by group. Adds the bits that the columns ask for, and those of all columns of the
+// groups whose plane is asked for by any. Without branches on x, which nothing could foresee.
+void ask(const Codes& m, const float* x, Asked* asked, int64_t* read) {
     int all = 0, bits[MAX_PLANES + 1] = {};
     for (int p = 0; p < m.count; ++p) bits[p + 1] = all += m.bits[p];
     const float half = m.low ? 0.0f : float(1 << (all - 1));
@@ -19,22 +19,24 @@ int64_t ask(const Codes& m, const float* x, Asked* asked) {
         middle[d] = float((1 << (all - bits[d])) - 1) * 0.5f - half;
         most[d] = d > 1 ? float(MOST) : float(MOST - ((1 << m.bits[1]) - 1));
     }
-    int64_t read = 0;
     for (int64_t g = 0; g < groups(m); ++g, x += GROUP) {
         Asked& a = asked[g];
         const int columns = int(m.in - g * GROUP < GROUP ? m.in - g * GROUP : GROUP);
         uint8_t depth[GROUP];
+        int deepest = 0;
         float largest = 0.0f, odd = 0.0f, weighed = 0.0f;
         for (int i = 0; i < columns; ++i) {
             const float size = std::fabs(x[i]);
             int d = 0;
             for (int p = 0; p < m.count; ++p) d += !(size <= m.tau[p]);
             depth[i] = uint8_t(d);
-            read += bits[d];
+            deepest = d > deepest ? d : deepest;
+            read[0] += bits[d];
             largest = size > largest ? size : largest;
             weighed += size * most[d];
             odd += x[i] * 0.0f;  // NaN if any is not finite
         }
+        read[1] += int64_t(columns) * bits[deepest];
         const float fits = weighed / (32767.0f - 0.5f * MOST * GROUP), fine = largest / 127.0f;
         a.scale = (fits > fine ? fits : fine) + odd;
         const float inverse = a.scale > 0.0f ? 1.0f / a.scale : 0.0f;
@@ -60,7 +62,6 @@ int64_t ask(const Codes& m, const float* x, Asked* asked) {
             a.both[pair] = both, a.upper[pair] = upper;
         }
     }
-    return read;
 }
 
 struct Job {
@@ -114,8 +115,8 @@ void portable_read(const Codes& m, const Asked* asked, float* y, int64_t first, 
 
 using namespace pumice;
 
-// y [n, out] of x [n, in], both of kind `io` and contiguous. `read`: the bits of the columns that the rows read, summed
-// over rows. 0: done; 1: no memory.
+// y [n, out] of x [n, in], both of kind `io` and contiguous. `read`, summed over rows: the bits that
+// the columns ask for, and those that are read for them (ask). 0: done; 1: no memory.
 PUBLIC int pumice_planes(const Codes* m, const void* x, void* y, int64_t n, int io, int avx, int64_t* read) {
     static thread_local Scratch wide, lists, sums;
     Read reads = portable_read;
@@ -127,13 +128,12 @@ PUBLIC int pumice_planes(const Codes* m, const void* x, void* y, int64_t n, int 
     Asked* asked = reinterpret_cast<Asked*>(lists.of(int64_t(sizeof(Asked) / sizeof(float) + 1) * groups(*m)));
     float* found = sums.of(m->rows);
     if (!columns || !asked || !found) return 1;
-    *read = 0;
+    read[0] = read[1] = 0;
     for (int64_t r = 0; r < n; ++r) {
         widen(static_cast<const char*>(x) + r * m->in * size, io, 1, m->in, width, columns);
-        const int64_t bits = ask(*m, columns, asked);
-        *read += bits;
+        ask(*m, columns, asked, read);
         Job job{m, asked, reads, found};
-        if (openmp && bits * m->rows / 8 >= SMALL) openmp(in_thread, &job, 0, 0);
+        if (openmp && m->rows * m->in / 8 >= SMALL) openmp(in_thread, &job, 0, 0);
         else reads(*m, asked, found, 0, m->rows);
         for (int64_t j = 0; j < m->out; ++j) {
             const float value = found[j] + (m->bias ? m->bias[j] : 0.0f);

@@ -15,32 +15,37 @@ inline __m256 half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(r
 
 inline __m256i load(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 
-template <int Bits, int Up>  // the codes of a plane, `Up` bits further left
-inline void spread(const uint8_t* p, __m256i* codes) {
+// A tile's bits of a column, as they lie: of one bit each, both halves of the vector hold them all.
+template <int Bits>
+inline __m256i bits(const uint8_t* p) {
+    if constexpr (Bits == 2) return load(p);
+    else return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+
+// Those of 32 outputs, `Up` bits further left.
+template <int Bits, int Up, int K>
+inline __m256i spread(__m256i v) {
     if constexpr (Bits == 2) {
-        const __m256i v = load(p), mask = _mm256_set1_epi8(3 << Up);
-        codes[0] = _mm256_and_si256(Up ? _mm256_slli_epi16(v, Up) : v, mask);
-        codes[1] = _mm256_and_si256(Up == 2 ? v : _mm256_srli_epi16(v, 2 - Up), mask);
-        codes[2] = _mm256_and_si256(_mm256_srli_epi16(v, 4 - Up), mask);
-        codes[3] = _mm256_and_si256(_mm256_srli_epi16(v, 6 - Up), mask);
+        constexpr int right = 2 * K - Up;
+        if constexpr (right > 0) v = _mm256_srli_epi16(v, right);
+        if constexpr (right < 0) v = _mm256_slli_epi16(v, -right);
+        return _mm256_and_si256(v, _mm256_set1_epi8(3 << Up));
     } else {
-        const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-        for (int k = 0; k < PARTS; ++k) {
-            const __m256i bit = _mm256_set_m128i(_mm_set1_epi8(char(2 << (2 * k))), _mm_set1_epi8(char(1 << (2 * k))));
-            const __m256i one = _mm256_cmpeq_epi8(_mm256_and_si256(v, bit), bit);
-            codes[k] = _mm256_and_si256(one, _mm256_set1_epi8(1 << Up));
-        }
+        const __m256i bit = _mm256_set_m128i(_mm_set1_epi8(char(2 << (2 * K))), _mm_set1_epi8(char(1 << (2 * K))));
+        return _mm256_and_si256(_mm256_cmpeq_epi8(_mm256_and_si256(v, bit), bit), _mm256_set1_epi8(1 << Up));
     }
 }
 
-template <int Upper, int Lower, bool Both>
-inline void column(const uint8_t* upper, const uint8_t* lower, __m256i* codes) {
-    spread<Upper, Lower>(upper, codes);
+template <int Upper, int Lower, bool Both, int K>
+inline void multiply(const __m256i (&one)[2], const __m256i (&two)[2], __m256i factors, __m256i (&sums)[2 * PARTS]) {
+    __m256i first = spread<Upper, Lower, K>(one[0]), second = spread<Upper, Lower, K>(two[0]);
     if constexpr (Both) {
-        __m256i low[PARTS];
-        spread<Lower, 0>(lower, low);
-        for (int k = 0; k < PARTS; ++k) codes[k] = _mm256_or_si256(codes[k], low[k]);
+        first = _mm256_or_si256(first, spread<Lower, 0, K>(one[1]));
+        second = _mm256_or_si256(second, spread<Lower, 0, K>(two[1]));
     }
+    const __m256i low = _mm256_unpacklo_epi8(first, second), high = _mm256_unpackhi_epi8(first, second);
+    sums[2 * K] = _mm256_add_epi16(sums[2 * K], _mm256_maddubs_epi16(low, factors));
+    sums[2 * K + 1] = _mm256_add_epi16(sums[2 * K + 1], _mm256_maddubs_epi16(high, factors));
 }
 
 // Columns [from, to) of a list, two at a time, into sums of 16 bits.
@@ -51,18 +56,16 @@ inline void products(const Codes& m, const Asked& a, int pair, int64_t row, int6
     const uint8_t* lower = Both ? bits_of(m, 2 * pair + 1, row, base) : upper;
     constexpr int over = TILE / 8 * Upper, under = TILE / 8 * Lower;
     for (int i = from; i < to; i += 2) {
-        const int one = a.column[pair][i], two = i + 1 < to ? a.column[pair][i + 1] : one;
-        const uint16_t x = uint16_t(uint8_t(a.x[one])) | uint16_t(uint8_t(i + 1 < to ? a.x[two] : 0)) << 8;
+        const int first = a.column[pair][i], second = i + 1 < to ? a.column[pair][i + 1] : first;
+        const uint16_t x = uint16_t(uint8_t(a.x[first])) | uint16_t(uint8_t(i + 1 < to ? a.x[second] : 0)) << 8;
         const __m256i factors = _mm256_set1_epi16(int16_t(x));
-        __m256i first[PARTS], second[PARTS];
-        column<Upper, Lower, Both>(upper + one * over, lower + one * under, first);
-        column<Upper, Lower, Both>(upper + two * over, lower + two * under, second);
-        for (int k = 0; k < PARTS; ++k) {
-            const __m256i low = _mm256_unpacklo_epi8(first[k], second[k]);
-            const __m256i high = _mm256_unpackhi_epi8(first[k], second[k]);
-            sums[2 * k] = _mm256_add_epi16(sums[2 * k], _mm256_maddubs_epi16(low, factors));
-            sums[2 * k + 1] = _mm256_add_epi16(sums[2 * k + 1], _mm256_maddubs_epi16(high, factors));
-        }
+        __m256i one[2], two[2];
+        one[0] = bits<Upper>(upper + first * over), two[0] = bits<Upper>(upper + second * over);
+        if constexpr (Both) one[1] = bits<Lower>(lower + first * under), two[1] = bits<Lower>(lower + second * under);
+        multiply<Upper, Lower, Both, 0>(one, two, factors, sums);
+        multiply<Upper, Lower, Both, 1>(one, two, factors, sums);
+        multiply<Upper, Lower, Both, 2>(one, two, factors, sums);
+        multiply<Upper, Lower, Both, 3>(one, two, factors, sums);
     }
 }
 
@@ -83,6 +86,19 @@ inline void of_pair(const Codes& m, const Asked& a, int pair, int64_t row, int64
     products<Upper, Lower, false>(m, a, pair, row, base, both, both + a.upper[pair], sums);
 }
 
+// All lines of a group of the planes below the first, of which few columns are asked: read in order they come three times
+// as fast as only those that are needed would, which neither the processor's prefetch nor ours brings in time (measured on
+// EPYC: 2.0 of 4 bits in 1886 µs for 2726).
+inline void stream(const Codes& m, const Asked& a, int64_t row, int64_t base) {
+    for (int p = 1; p < m.count; ++p) {
+        if (!a.both[p / 2] && (p & 1 || !a.upper[p / 2])) continue;
+        const uint8_t* from = bits_of(m, p, row, base);
+        const int64_t columns = m.in - base < GROUP ? m.in - base : GROUP;
+        for (int64_t byte = 0; byte < columns * TILE / 8 * m.bits[p]; byte += 64)
+            (void)*static_cast<const volatile uint8_t*>(from + byte);
+    }
+}
+
 }  // namespace
 
 void avx2_read(const Codes& m, const Asked* asked, float* y, int64_t first, int64_t last) {
@@ -91,6 +107,7 @@ void avx2_read(const Codes& m, const Asked* asked, float* y, int64_t first, int6
     for (int64_t row = first; row < last; row += TILE) {
         for (int64_t g = 0; g < groups(m); ++g) {
             const Asked& a = asked[g];
+            if (g + 1 < groups(m)) stream(m, asked[g + 1], row, (g + 1) * GROUP);
             const __m256 scale = _mm256_set1_ps(a.scale), sum = _mm256_set1_ps(a.scale * a.sum);
             const __m256 middle = _mm256_set1_ps(a.middle), factor = _mm256_set1_ps(float(1 << shift(m, 0)));
             const bool deep = m.count > 2 && a.both[1] + a.upper[1] > 0;
