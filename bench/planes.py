@@ -86,8 +86,7 @@ def products(out: int, columns: int) -> list[dict]:
         asked = size.get(name)
         if asked is None:
             asked = first.shared_bytes + first.plane_bytes * float(name.split()[1]) / 4
-            read = statistics.mean(call.union for call in made[name]) / first.units
-            size[name] = first.shared_bytes + first.plane_bytes * read
+            size[name] = statistics.mean(call.union for call in made[name])
         row = {"out": out, "in": columns, "product": name, "us": round(1e6 * seconds[name], 1)}
         row |= {
             "over_all_bits": round(seconds["planes 4.0"] / seconds[name], 3),

@@ -122,8 +122,10 @@ class Levels:
         gains[p]: √ of what the plane takes from the squared error of a weight, for each bit.
         """
         ordered = score.flatten().sort().values
-        if not len(ordered) or bool(ordered[-1].isnan()):
-            raise PumiceError("levels were asked of scores with NaN among them: the model overflows on this text.")
+        if not len(ordered):
+            raise PumiceError("levels were asked of no scores at all: the text has no token that counts.")
+        if not bool(ordered[-1].isfinite()):
+            raise PumiceError("levels were asked of scores with NaN or infinity among them: the model overflows here.")
         if sparsity <= 0:
             return cls(taus=(-1.0,) * len(bits), bits=bits, sparsity=0.0)
         falling = [max(min(gains[: p + 1]), 1e-30) for p in range(len(bits))]  # no plane before the one above it

@@ -106,7 +106,7 @@ class BitPlanes:
         rounded = _rounded(x, depth)
         y = x.new_zeros(*x.shape[:-1], len(self.grid.codes), dtype=torch.float32)
         for planes in range(1, len(self.bits) + 1):
-            y += F.linear(rounded * (depth == planes), self.level(planes).to(x.device))
+            y += F.linear(rounded.where(depth == planes, 0.0), self.level(planes).to(x.device))
         return y
 
 
@@ -117,8 +117,9 @@ def _rounded(x: Tensor, depth: Tensor) -> Tensor:
     most = torch.tensor([0.0, 12.0, 15.0], device=x.device)[depth.clamp_max(2)]  # of the first two planes
     fits = (groups.abs() * most).sum(-1, keepdim=True) / (32767 - GROUP * 15 / 2)
     scale = torch.maximum(fits, groups.abs().amax(-1, keepdim=True) / 127)
-    codes = torch.where(scale > 0, groups * (1 / scale), groups).round().clamp(-127, 127)  # NaN stays
-    return (codes * scale).flatten(-2)[..., : x.shape[-1]]
+    least = torch.finfo(torch.float32).tiny  # below it 1 / scale is infinite
+    codes = torch.where(scale >= least, groups * (1 / scale), 0.0).round().clamp(-127, 127)
+    return (codes * scale).flatten(-2)[..., : x.shape[-1]]  # NaN and infinity make the whole group NaN
 
 
 class ReadPlanes:
@@ -132,8 +133,12 @@ class ReadPlanes:
         grid = planes.grid
         out, columns = grid.codes.shape
         rows = -(-out // TILE) * TILE
-        if dtype not in STORED or grid.codes.device.type != "cpu" or len(taus) > 4:
-            raise PumiceError("the kernel of planes takes fp32 and bf16 in the CPU's memory, and four planes at most.")
+        if dtype not in STORED or grid.codes.device.type != "cpu" or grid.bits not in (4, 5, 6, 8):
+            raise PumiceError(
+                "the kernel of planes takes fp32 and bf16 in the CPU's memory, and codes of 4, 5, 6, 8 bits."
+            )
+        if len(taus) != len(planes.bits):
+            raise PumiceError(f"there is a tau for each of {len(planes.bits)} planes; got {len(taus)}.")
         unread, packed = grid.bits, []
         for bits in planes.bits:
             unread -= bits
@@ -149,23 +154,27 @@ class ReadPlanes:
         self._call, self._avx = loaded.pumice_planes, int(loaded.pumice_has_avx2() if isa is None else isa == "avx2")
         self._address, self._read = ctypes.addressof(self._codes), (ctypes.c_int64 * 2)()
         self._counted = ctypes.addressof(self._read)
-        self.dtype, self.out, self._io = dtype, out, KINDS[STORED[dtype]]
+        self.dtype, self.out, self.columns, self._io = dtype, out, columns, KINDS[STORED[dtype]]
         self.units = columns * grid.bits  # bits that a row reads at the most of each output
         self.plane_bytes = sum(t.numel() for t in packed)
         self.shared_bytes = sum(t.numel() * t.element_size() for t in (step, low) if t is not None)
         self.live = 0  # bits of each output that the rows of the last call asked for, together
-        self.union = 0.0  # that a row read: the kernel reads a plane of 32 columns where any of them asks for it
+        self.union = 0.0  # bytes that they read: of a plane 32 columns where any of them is asked for
 
     def __call__(self, x: Tensor, live: None = None) -> Tensor:
         """[..., in] -> [..., out]; `live` and `union` then say what was read."""
         x = x.contiguous()
         rows = x.numel() // x.shape[-1]
-        if rows > MAX_ROWS or x.dtype is not self.dtype:
-            raise PumiceError(f"this kernel takes up to {MAX_ROWS} rows of {self.dtype}; got {rows} of {x.dtype}.")
+        if rows > MAX_ROWS or x.dtype is not self.dtype or x.shape[-1] != self.columns or x.device.type != "cpu":
+            raise PumiceError(
+                f"this kernel takes up to {MAX_ROWS} rows of {self.columns} numbers in {self.dtype} on the CPU; got "
+                f"{rows} of {x.shape[-1]} in {x.dtype} on {x.device.type}."
+            )
         y = x.new_empty((*x.shape[:-1], self.out))
         if self._call(self._address, x.data_ptr(), y.data_ptr(), rows, self._io, self._avx, self._counted):
             raise PumiceError("the CPU kernels found no memory for their input. Free some.")
-        self.live, self.union = self._read[0], self._read[1] / rows
+        self.live = self._read[0]
+        self.union = self.plane_bytes * self._read[1] / self.units + rows * self.shared_bytes
         return y
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from pumice.errors import PumiceError
 from pumice.forms import Levels, Select, Tokens
 from pumice.kernels.near import Near
 from pumice.kernels.planes import BitPlanes, Grid
@@ -22,6 +23,7 @@ class Seen:
     entry: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)  # by module
     copies: dict[str, Near] = field(default_factory=dict)  # by role
+    _planes: tuple[Tensor, int, BitPlanes] | None = None  # of a parameter at one of its versions
 
     @property
     def first(self) -> str:
@@ -43,10 +45,19 @@ class Seen:
             self.copies[role] = Near.of(self.site, role)
         return self.copies[role]
 
-    @cached_property
-    def planes(self) -> BitPlanes:
-        """Of the matrix that reads the units."""
-        return BitPlanes(Grid.of(self.site.matrix(self.site.out_role)))
+    def planes(self, form: Select) -> BitPlanes:
+        """Of the matrix that reads the units, as its weights are now."""
+        parameter = self.site.root.get_parameter(self.site.parts[self.site.out_role].view.parameter)
+        version = 0 if parameter.is_inference() else parameter._version
+        if self._planes is None or self._planes[0] is not parameter or self._planes[1] != version:
+            self._planes = parameter, version, BitPlanes(Grid.of(self.site.matrix(self.site.out_role)))
+        found = self._planes[2]
+        if found.bits != form.cut.bits:
+            raise PumiceError(
+                f"{self.site.name} is stored in planes of {found.bits} bits, and its levels are for {form.cut.bits}: "
+                "they were made for other weights. Run the method again."
+            )
+        return found
 
     def part(self, role: str, shape: tuple[int, int]) -> Tensor:
         """What a matrix gave for the units, [B, T, units·width]."""
@@ -58,7 +69,7 @@ class Seen:
         """What is added for the units that tokens drop: a [B, T, units·width], `late` those that do, bool [B, T]."""
         if isinstance(form.cut, Levels):
             depth = form.cut.depth(form.score.of_tokens(Tokens(a=lambda: a)))
-            return self.planes.reference(a, depth * late[..., None])
+            return self.planes(form).reference(a, depth * late[..., None])
         return None if form.rest is None else late[..., None] * form.rest.to(a.device)
 
     def clear(self) -> None:

@@ -15,6 +15,7 @@ from pumice.api import attach
 from pumice.calib.data import Windows
 from pumice.eval.perplexity import Perplexity, perplexity
 from pumice.eval.speed import Speed, bandwidth, compare
+from pumice.forms import Levels
 from pumice.plan import Plan, slims_of
 
 
@@ -103,8 +104,10 @@ def budget_of(plan: Plan) -> str:
         return "weights of the parts that lost units"
     if plan.weights:
         return "weights of the pruned matrices"
-    kinds = {form.units for form in plan.select.values() if form.scope == "token"}
-    return "weights of the units that every token chooses among" if kinds else "FFN neurons, per generated token"
+    by_token = [form for form in plan.select.values() if form.scope == "token"]
+    if by_token and all(isinstance(form.cut, Levels) for form in by_token):
+        return "bits of the weights' codes, per token"
+    return "weights of the units that every token chooses among" if by_token else "FFN neurons, per generated token"
 
 
 def how(twin: nn.Module) -> str:

@@ -107,7 +107,7 @@ def _planes(selection: TokenSelection, module: nn.Module, always: bool) -> Skipp
     pays = _yes if always else cache(lambda rows: planes_pay(*known, bucket(rows), matrix.dtype))
     if not pays(1):
         return None
-    product = ReadPlanes(selection.seen.planes, getattr(module, "bias", None), form.cut.taus, matrix.dtype)
+    product = ReadPlanes(selection.seen.planes(form), getattr(module, "bias", None), form.cut.taus, matrix.dtype)
     return Skipping(selection.site.parts["weight"].module, False, product, Unchanged([module]), pays, True)
 
 

@@ -83,8 +83,7 @@ class TokenSelection:
             return {}
         density = self.units_read / (self.calls * self.skip.product.units)
         if isinstance(self.form.cut, Levels):
-            product, matrix = self.skip.product, self.site.parts["weight"].view.parameter
-            return {matrix: round(product.shared_bytes + product.plane_bytes * density)}
+            return {self.site.parts["weight"].view.parameter: round(self.units_read / self.calls)}
         late = {self.site.out_role}
         if self.skip.whole:
             late |= {role for role in self.site.in_roles if role != getattr(self.form.score, "role", "")}
@@ -169,6 +168,12 @@ def check_token(site: Site, form: Select) -> None:
         raise PumiceError(f"{site.name} has no matrices of its own to copy: Copied is a score of an FFN's neurons.")
     if isinstance(form.cut, Levels) and (site.kind != "linear" or site.expert is not None):
         raise PumiceError(f"{site.name} is no matrix of its own: Levels is a cut of the columns of one.")
+    if isinstance(form.cut, Levels) and (form.rest is not None or form.score.weight is not None):
+        raise PumiceError(
+            f"{site.name}: levels go by |x| alone, and nothing but planes stands for what they leave out."
+        )
+    if form.units != site.channels:
+        raise PumiceError(f"{site.name} has {site.channels} units, and the plan is for {form.units}.")
     if form.rest is not None and site.expert is not None:
         raise PumiceError(f"{site.name} is a fused expert: nothing can stand for what it drops yet.")
     width = site.matrix(site.out_role).shape[0]
@@ -220,6 +225,11 @@ def splice_token(selection: TokenSelection, get: Callable[[str], nn.Module]) -> 
 
     def editing(dense: Callable) -> Callable:
         def forward(a: Tensor, *args, **kwargs) -> Tensor:
+            if isinstance(selection.form.cut, Levels) and replaced[out].training:
+                raise PumiceError(
+                    f"{site.name} runs from its codes, through which no gradient passes: train the model first, then "
+                    "ask for planes; or call eval()."
+                )
             skips = skip is not None and not skip.whole and selection.can_skip(a)
             if skips and skip.scores:
                 return selection.run(a)

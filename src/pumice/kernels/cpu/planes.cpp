@@ -1,6 +1,7 @@
 // y = W x of which each column of W is read plane by plane of its bits, the next one where |x| is large enough for it.
 #include "planes.h"
 
+#include <cfloat>
 #include <cmath>
 
 #include "shared.h"
@@ -39,7 +40,7 @@ void ask(const Codes& m, const float* x, Asked* asked, int64_t* read) {
         read[1] += int64_t(columns) * bits[deepest];
         const float fits = weighed / (32767.0f - 0.5f * MOST * GROUP), fine = largest / 127.0f;
         a.scale = (fits > fine ? fits : fine) + odd;
-        const float inverse = a.scale > 0.0f ? 1.0f / a.scale : 0.0f;
+        const float inverse = a.scale >= FLT_MIN ? 1.0f / a.scale : 0.0f;  // below, infinity
         a.middle = a.sum = 0.0f;
         for (int i = 0; i < columns; ++i) {
             constexpr float even = 12582912.0f;  // 1.5 · 2^23, beside which a float has no fraction: to nearest, ties to even

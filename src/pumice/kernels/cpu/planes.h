@@ -16,7 +16,7 @@ struct Codes {
     const uint16_t* low;                // the same, or null: -2^(all bits - 1) steps
     const float* bias;                  // [out] or null
     float tau[MAX_PLANES];              // a plane is left out where |x| <= tau
-    int32_t bits[MAX_PLANES];           // of each plane: 2, of the last 1 or 2
+    int32_t bits[MAX_PLANES];           // of each plane: 2, of the third 1 or 2
     int32_t count;
 };
 
