@@ -31,8 +31,8 @@ bootstrap over windows. Each row is added to the results when it is done; a kill
 
 Expected: contribution < lowbit < countdown < cats < wina < teal, and lowbit loses at most half of what CATS loses; nets
 behind all of these, since they were made for ReLU; planes lose at most half of what CATS loses. Found: planes lose 0.15
-of it on SmolLM2 and 0.08 on Gemma-3-270m, in bytes that are asked for (their kernel reads more: `bench/planes.py`). Rows
-that are not here are to be measured.
+of it on SmolLM2 and 0.08 on Gemma-3-270m, in bytes that are asked for (their kernel reads more: `bench/planes.py`).
+Rows that are not here are to be measured.
 
 The weights of SmolLM2 were once rounded to about 4 bits, in which a 4-bit copy would save nothing: its 16-bit bytes are
 a convention. Gemma-3-270m keeps 5 to 8 bits in its FFN.
