@@ -255,7 +255,9 @@ def plot(data: dict, protocol: Protocol) -> None:
     rows = [row for row in data["rows"].values() if row["calibration"] == "c4" and row["seed"] == 0]
     rows = [row for row in rows if isinstance(row["sparsity"], float)]
     kinds = [kind for kind in (MASK, UPDATE, TRAINED) if any(row["kind"] == kind for row in rows)]
-    figure, panels = pyplot.subplots(1, len(kinds), figsize=(5.2 * len(kinds), 4.2), sharex=True, sharey=True, squeeze=False)
+    figure, panels = pyplot.subplots(
+        1, len(kinds), figsize=(5.2 * len(kinds), 4.2), sharex=True, sharey=True, squeeze=False
+    )
     dense = _scored(data["dense"]["64x512"], 512).perplexity
     for panel, kind in zip(panels[0], kinds, strict=True):
         for name in dict.fromkeys(row["name"] for row in rows if row["kind"] == kind):
