@@ -13,9 +13,8 @@ llama.cpp on the file that the model came from, where xllamacpp is installed.
 
 Expected: a product is bound by the bytes that are asked for. Found on one core of an EPYC with AVX2: all four bits come
 at 0.5 to 0.8 of the bandwidth, 1.2 to 1.9 times as fast as by the int4 product, and fewer bits hardly faster: 2.5 take
-0.87 to 1.02 times as long. A column's two bits of 128 outputs are half a line of memory, and lines here and there come
-slower than all in order, so all are read; with 512 or all outputs of a column side by side the same columns took 2.3 to
-3 times as long. What is saved is arithmetic.
+0.87 to 1.02 times as long. A column's two bits of 128 outputs are half a line of memory, and the kernel reads all lines
+of 32 columns where one of them asks for a plane (why: cpu/planes_avx2.cpp). What is saved is arithmetic.
 """
 
 from __future__ import annotations
