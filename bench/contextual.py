@@ -1,4 +1,4 @@
-"""Claim: at equal bytes a token, low-bit copies and high bits choose neurons better than an open gate does (CATS).
+"""Claim: at equal bytes a token, low-bit copies and planes of bits lose less than what an open gate chooses (CATS).
 
     python bench/contextual.py --test FILE --c4 FILE [--model MODEL] [--name NAME] [--only REGEX] [--tasks DIR]  hours
     python bench/contextual.py --table                                                                   the table alone
