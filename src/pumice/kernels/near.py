@@ -38,10 +38,11 @@ class Near:
         return F.linear(rounded_rows(x), self.dense.to(x.device), self.bias)
 
 
-def rounded_rows(x: Tensor) -> Tensor:
-    """The values of x [..., d] in int8 with a scale for each group of 32, fp32."""
+def rounded_rows(x: Tensor, coarsest: Tensor | float = 0.0) -> Tensor:
+    """The values of x [..., d] in int8 with a scale for each group of 32, max|x| / 127 or `coarsest`, fp32."""
     d = x.shape[-1]
     groups = F.pad(x.float(), (0, -d % GROUP)).unflatten(-1, (-1, GROUP))
-    scale = groups.abs().amax(-1, keepdim=True) / 127
-    codes = torch.where(scale > 0, groups * (1 / scale), groups).round().clamp(-127, 127)  # NaN stays
-    return (codes * scale).flatten(-2)[..., :d]
+    scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(coarsest)
+    least = torch.finfo(torch.float32).tiny  # below it 1 / scale is infinite
+    codes = torch.where(scale >= least, groups * (1 / scale), 0.0).round().clamp(-127, 127)
+    return (codes * scale).flatten(-2)[..., :d]  # NaN and infinity make the whole group NaN

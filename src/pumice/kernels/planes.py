@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pumice.errors import PumiceError
 from pumice.kernels.cpu.library import Codes, library
+from pumice.kernels.near import rounded_rows
 from pumice.kernels.ops import KINDS, MAX_ROWS
 from pumice.kernels.skip import STORED, Isa, pointer
 from pumice.store import GROUP
@@ -24,7 +25,7 @@ from pumice.store import GROUP
 GRIDS = ((4, False), (4, True), (5, False), (5, True))
 NEAR = 0.3  # of a step: bf16 moves weights and ends of 5 bits by up to 0.25; of 30 other weights 1 in 5e6 lie so near
 TILE = 128  # outputs that lie together (cpu/planes.h)
-PLANE = 2  # bits: narrower planes choose better, and each is a pass of its own
+PLANE = 2  # bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,11 +63,6 @@ class Grid:
     def _of(cls, codes: Tensor, step: Tensor, low: Tensor | None, bits: int, columns: int) -> Grid:
         step, low = (None if t is None else t[..., 0].half().float() for t in (step, low))
         return cls(codes.to(torch.uint8).flatten(1)[:, :columns], step, low, bits)
-
-    @property
-    def shared_bits(self) -> float:
-        """What step and least value take of each weight."""
-        return 16 * (1 if self.low is None else 2) / GROUP
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,13 +109,9 @@ class BitPlanes:
 def _rounded(x: Tensor, depth: Tensor) -> Tensor:
     """x in int8, with a scale for each group of 32 at which the sums of its highest codes fit 16 bits too."""
     spare = -x.shape[-1] % GROUP
-    groups, depth = (F.pad(t, (0, spare)).unflatten(-1, (-1, GROUP)) for t in (x.float(), depth))
     most = torch.tensor([0.0, 12.0, 15.0], device=x.device)[depth.clamp_max(2)]  # of the first two planes
-    fits = (groups.abs() * most).sum(-1, keepdim=True) / (32767 - GROUP * 15 / 2)
-    scale = torch.maximum(fits, groups.abs().amax(-1, keepdim=True) / 127)
-    least = torch.finfo(torch.float32).tiny  # below it 1 / scale is infinite
-    codes = torch.where(scale >= least, groups * (1 / scale), 0.0).round().clamp(-127, 127)
-    return (codes * scale).flatten(-2)[..., : x.shape[-1]]  # NaN and infinity make the whole group NaN
+    weighed = F.pad(x.float().abs() * most, (0, spare)).unflatten(-1, (-1, GROUP))
+    return rounded_rows(x, weighed.sum(-1, keepdim=True) / (32767 - GROUP * 15 / 2))
 
 
 class ReadPlanes:

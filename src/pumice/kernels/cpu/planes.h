@@ -5,10 +5,12 @@
 namespace pumice {
 
 constexpr int MAX_PLANES = 4;
-constexpr int TILE = 128;   // outputs that lie together: a column's two bits of each in 32 bytes, one bit in 16
-constexpr int MOST = 15;     // of a code of two planes
+constexpr int TILE = 128;  // outputs that lie together: a column's two bits of each in 32 bytes, one bit in 16
+constexpr int MOST = 15;   // of a code of two planes
 
-// The order of the fields is known to library.py. `rows` is `out`, filled up to whole tiles.
+// The order of the fields is known to library.py. `rows` is `out`, filled up to whole tiles, which lie one behind the
+// other and are read in order: with 512 outputs side by side the same columns took 2.3 times as long, for what is skipped
+// between them.
 struct Codes {
     int64_t out, in, rows;
     const uint8_t* planes[MAX_PLANES];  // the highest first: of each tile [in, TILE · bits / 8]
@@ -20,8 +22,6 @@ struct Codes {
     int32_t count;
 };
 
-// Tiles one behind the other read in order: with 512 outputs side by side the same columns took 2.3 times as long, for
-// what is skipped between them.
 inline int64_t groups(const Codes& m) { return (m.in + GROUP - 1) / GROUP; }
 
 // What one row of x asks of a group of columns: two planes are read as one code where both are, else the higher alone.
