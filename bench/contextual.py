@@ -18,6 +18,7 @@ calibration text:
     svd               1 - s + its factors, of rank d/8 in every layer
     dejavu            1 - s + its nets, of rank d/8 in every layer
     shadowllm         the same, of the layers after the first, + its net, at the most 2 % of the model's weights
+    static            1 - s, the same neurons for every token: what a net has to beat
 
 and the same in the codes that the model was stored in (`native`), where CATS at 50 % sets the share:
 
@@ -85,6 +86,8 @@ METHODS = {
     "teal": ("teal", {"where": "*mlp*"}),
     "teal, greedy": ("teal", {"where": "*mlp*", "allocation": "greedy"}),
     "svd": ("svd", {}),
+    "static, fisher": ("static_topk", {"score": "fisher"}),
+    "static, calibrated": ("static_topk", {}),
     "planes": ("planes", {"where": "*mlp*"}),
     **{name: (method, settings | {"recall": 0.0}) for name, (method, settings) in NETS.items()},
 }
@@ -152,14 +155,15 @@ def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> di
     plan = pumice.sparsify(model, recipe.build(method, settings), text, resume=False, check=False)
     twin = plan.attach(model, exec="reference")
     twin.pumice.counting = True
-    found = perplexity(twin, test)
+    prompt = 1 if plan.per_prompt else None  # the first position, which is dense for the others too
+    found = perplexity(twin, test, prompt=prompt)
     densities = [selection.counter.density for selection in twin.pumice.selections.values()]
     forms = [selection.form for selection in twin.pumice.selections.values()]
     if method == "planes":  # of the bits that the model was stored in, whatever grid a matrix is read in
         densities = [one * sum(form.cut.bits) / cost.code for one, form in zip(densities, forms, strict=True)]
     density = statistics.mean(densities)
     some = replace(test, ids=test.ids[:16], valid=test.valid[:16])
-    alike = agreement(model, twin, some)
+    alike = agreement(model, twin, some, prompt=prompt)
     nets = [form.score for form in plan.select.values() if hasattr(form.score, "recall")]
     found_by_nets = {part: round(statistics.mean(getattr(net, part) for net in nets), 4) for part in PARTS if nets}
     return {

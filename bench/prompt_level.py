@@ -27,6 +27,7 @@ METHODS = [
     {"method": "griffin", "select": "random"},
     {"method": "static_topk"},
     {"method": "static_topk", "score": "magnitude"},
+    {"method": "static_topk", "score": "fisher"},
     {"method": "glass"},
 ]
 

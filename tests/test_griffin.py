@@ -259,3 +259,32 @@ def test_magnitude_of_an_ffn_without_gate_is_the_norm_of_its_rows():
     for name, live in found.items():
         norm = model.get_submodule(name).c_fc.weight.norm(dim=0).detach().numpy()
         assert (live == oracle.live(norm, 0.5)).all(), name
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_fisher_static_topk_is_the_mean_square_of_activation_times_gradient(family):
+    model = tiny(family)
+    found = chosen(twin_of(model, StaticTopK(score="fisher"), CALIBRATION)[0], IDS)
+    total, seen = {}, {}
+
+    def note(name):
+        def hook(module, args):
+            seen[name] = args[0].requires_grad_()  # [1, T, units]
+
+        return hook
+
+    handles = [model.get_submodule(f"{name}.down_proj").register_forward_pre_hook(note(name)) for name in found]
+    for ids in CALIBRATION.split(1):
+        loss = model(ids, labels=ids).loss
+        gradients = torch.autograd.grad(loss, list(seen.values()))
+        for (name, a), g in zip(seen.items(), gradients, strict=True):
+            total[name] = total.get(name, 0) + (a * g)[0, :-1].square().mean(0).detach()
+    for handle in handles:
+        handle.remove()
+    for name, live in found.items():
+        assert (live == oracle.live(total[name].numpy(), 0.5)).all(), name
+
+
+def test_static_topk_by_a_gradient_leaves_fused_experts_whole():
+    with pytest.raises(pumice.PumiceError, match="fused experts are worth by snip"):
+        pumice.sparsify(tiny("mixtral"), StaticTopK(score="snip"), CALIBRATION, resume=False)

@@ -146,7 +146,7 @@ def fisher_trace(work: Work, sites: list[Site] | None = None) -> dict[str, float
             if view.parameter in gradients:
                 total[site.name] += view.of(gradients[view.parameter]).double().square().sum().cpu()
 
-    return _mean(total, reverse(work, visit, title="fisher: blocks"))
+    return mean(total, reverse(work, visit, title="fisher: blocks"))
 
 
 def unit_fisher(work: Work, sites: list[Site] | None = None) -> dict[str, Tensor]:
@@ -166,10 +166,11 @@ def unit_fisher(work: Work, sites: list[Site] | None = None) -> dict[str, Tensor
                 worth = (a.double() * gradient.double()).sum(0)[index].view(site.units, -1).sum(1)
                 total[site.name] += worth.square().cpu()
 
-    return _mean(total, reverse(work, visit, taps=True, title="fisher: blocks"))
+    return mean(total, reverse(work, visit, taps=True, title="fisher: blocks"))
 
 
-def _mean(total: dict, windows: int) -> dict:
+def mean(total: dict, windows: int) -> dict:
+    """Over the windows of all processes."""
     count = torch.tensor(float(windows), dtype=torch.float64)
     parallel.reduce_sum([*total.values(), count])
     scalar = all(value.dim() == 0 for value in total.values())

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pumice.arch.activations import ACTIVATIONS
+from pumice.calib.gradients import mean, reverse
+from pumice.calib.work import Work
 from pumice.errors import PumiceError, unknown
 from pumice.sites import Site
 
@@ -129,6 +131,7 @@ def epenas(s: Spans) -> Tensor:
 CRITERIA = {
     function.__name__: function for function in (plainact, l2_norm, grad_norm, fisher, snip, grasp, nwot, jacov, epenas)
 }
+OF_NEURONS = tuple(name for name in CRITERIA if name not in ("jacov", "epenas"))
 
 
 def _heads(s: Spans, name: str) -> None:
@@ -164,3 +167,18 @@ def worth(criterion: str, site: Site, taps: dict[str, tuple[Tensor, Tensor]], at
             (dz,) = torch.autograd.grad(ACTIVATIONS[site.activation](z), z, g[..., 0])
         plain = {"z": z.detach(), "dz": dz, "x": x, "weight": weight}
     return CRITERIA[criterion](Spans(a=a, g=g, gold=gold.to(at.device)[at], **plain)).float()
+
+
+def mean_worth(work: Work, criterion: str, sites: list[Site]) -> dict[str, Tensor]:
+    """A criterion of every unit over all tokens of a window but the last, mean over windows: [units] by site, fp64."""
+    by_block: dict[int, list[Site]] = {}
+    for site in sites:
+        by_block.setdefault(site.block, []).append(site)
+    total = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
+
+    def visit(block, i: int, gradients: dict, taps: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for site in by_block.get(block.index, []):
+            at = torch.arange(len(taps[site.input][0]) - 1)[None]
+            total[site.name] += worth(criterion, site, taps, at, work.windows.ids[i])[0].double().cpu()
+
+    return mean(total, reverse(work, visit, taps=True, title=f"{criterion}: blocks"))

@@ -17,7 +17,7 @@ from torch import Tensor
 from pumice.budget import removed
 from pumice.calib.fit import fit, fresh, scored, split
 from pumice.calib.gradients import reverse
-from pumice.calib.importance import CRITERIA, worth
+from pumice.calib.importance import CRITERIA, OF_NEURONS, worth
 from pumice.calib.recall import captured, overlap
 from pumice.calib.stats import Inputs, SiteStats
 from pumice.calib.units import weights_of_unit
@@ -56,7 +56,7 @@ class ShadowLLM:
     needs = (Inputs,)
 
     def __post_init__(self) -> None:
-        if self.criterion in ("jacov", "epenas") and self.sparsity:
+        if self.criterion not in OF_NEURONS and self.sparsity:
             raise PumiceError(f"{self.criterion} compares the channels of a head: give sparsity=0 and `heads` with it.")
         if isinstance(self.heads, bool) or not 0.0 <= self.heads <= 1.0:
             raise PumiceError(f"shadowllm.heads is the fraction of KV groups removed, from 0 to 1; got {self.heads!r}.")
