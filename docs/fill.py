@@ -29,7 +29,7 @@ SCRIPTS = {
     "wanda": "`bench/larger_than_memory.py` and `bench/pruning.py`",
     **dict.fromkeys(("shadowllm", "svd", "planes"), "`bench/contextual.py`"),
     "cett": "`bench/activation.py`",
-    **dict.fromkeys((*TOKEN, "dejavu"), "`bench/contextual.py`"),
+    **dict.fromkeys((*TOKEN, "dejavu", "moefication"), "`bench/contextual.py`"),
 }
 
 

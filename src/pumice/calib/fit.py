@@ -37,7 +37,8 @@ def fit(
 ) -> Predicted:  # fmt: skip
     """The trained net, where x is. x [rows, d], targets [rows, groups] of any dtype; the last tenth is held out."""
     first = split(len(x), title or "fit")
-    spread = torch.ones(1, device=x.device) if net.scaled else x[:first].float().std(0).clamp_min(1e-6)
+    sized = net.scaled or net.unit  # what it reads has a size of its own making
+    spread = torch.ones(1, device=x.device) if sized else x[:first].float().std(0).clamp_min(1e-6)
     parts = {n: getattr(net, n) for n in ("first", "second", "bias", "offset") if getattr(net, n) is not None}
     parts = {name: tensor.detach().to(x.device, copy=True).requires_grad_() for name, tensor in parts.items()}
     net = replace(net, **parts)
@@ -49,7 +50,7 @@ def fit(
 
     def scores(rows: Tensor) -> Tensor:
         given = x[rows].float()
-        return scored(net, given if net.scaled else given / spread)
+        return scored(net, given if sized else given / spread)
 
     with tqdm(total=steps, desc=title or "fit", unit="step", leave=False, disable=None if title else True) as bar:
         for _ in range(epochs):

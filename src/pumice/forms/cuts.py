@@ -75,7 +75,8 @@ class Threshold:
         if bool(flat.isnan().any()):
             raise PumiceError("a threshold was asked of scores with NaN among them: the model overflows on this text.")
         k = removed(flat.numel(), sparsity)
-        tau = 0.0
+        # no score is below it: a net's may be negative
+        tau = least = min(0.0, flat.min().item() * (1 + 1e-6)) if flat.numel() else 0.0
         if k:
             ordered = flat.kthvalue(k).values
             following = flat[flat > ordered]
@@ -83,7 +84,7 @@ class Threshold:
             tau = ordered.item()
             if int((flat <= tau).sum()) > k:  # ties reach beyond the budget: they stay
                 below = flat[flat < tau]
-                tau = below.max().item() if below.numel() else 0.0
+                tau = below.max().item() if below.numel() else least
             elif following.numel():
                 tau = (tau + following.min().item()) / 2
         return cls(tau=tau, sparsity=(flat <= tau).float().mean().item() if flat.numel() else 0.0)

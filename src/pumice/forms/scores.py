@@ -87,17 +87,23 @@ class Tokens:
 class Magnitude:
     """s_j = w_j·|a_j|, of a unit of several channels its norm: known when the units have run.
 
-    w is 1 (TEAL, arXiv:2408.14690) or ‖W_:,j‖₂ (WINA, arXiv:2505.19427; contribution, arXiv:2411.02335).
+    w is 1 (TEAL, arXiv:2408.14690) or ‖W_:,j‖₂ (WINA, arXiv:2505.19427; contribution, arXiv:2411.02335). The units of a
+    group share the sum of theirs.
     """
 
     units: int
     weight: Tensor | None = None  # [units]
+    group: int = 1  # units that share a score: neighbours, or
+    members: Tensor | None = None  # [units], the group that each belongs to
     known = "after"
 
     def of_tokens(self, tokens: Tokens) -> Tensor:
         a = tokens.a().float()
         size = a.abs() if a.shape[-1] == self.units else a.unflatten(-1, (self.units, -1)).norm(dim=-1)
-        return size if self.weight is None else size * self.weight.to(size)
+        size = size if self.weight is None else size * self.weight.to(size)
+        if self.members is not None:
+            size = size[..., self.members.argsort(stable=True)]
+        return size if self.group == 1 else size.unflatten(-1, (-1, self.group)).sum(-1)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -122,19 +128,23 @@ class Projected:
 class Predicted:
     """s = second·act(first·x + bias) + offset: a small net, trained to say what units are worth before they run.
 
+    Without `first` it is one matrix, s = second·x + offset: a router (LTE, arXiv:2402.06126).
+
     x is what the site's units are made from (DejaVu, arXiv:2310.17157), or what enters the matrix that reads the units
     of another site, `source`, earlier in the model: then the sites that share `first` are one net (ShadowLLM,
-    arXiv:2406.16635). `scaled`: x is brought to [0, 1] by its own least and largest entry.
+    arXiv:2406.16635). `scaled`: x is brought to [0, 1] by its own least and largest entry, `unit`: to length 1.
     """
 
-    first: Tensor  # [rank, d]
+    first: Tensor | None = None  # [rank, d]
     second: Tensor  # [groups, rank]
     bias: Tensor | None = None  # [rank]
     offset: Tensor | None = None  # [groups]
     activation: str = ""
-    group: int = 1  # neighbouring units that share a score
+    group: int = 1  # units that share a score: neighbours, or
+    members: Tensor | None = None  # [units], the group that each belongs to
     source: str = ""
     scaled: bool = False
+    unit: bool = False
     recall: float = 1.0  # of the units that matter, the share that it keeps, on held-out tokens
     precision: float = 1.0  # of the units that it keeps, the share that matters
     captured: float = 1.0  # mean ‖y_kept‖/‖y‖ of what the units give
@@ -151,16 +161,25 @@ class Predicted:
 
     def hidden(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., rank], in the net's dtype."""
-        x = x.to(self.first.dtype)
+        x = x.to(self.second.dtype)
         if self.scaled:
             x = between(x)
+        if self.unit:
+            x = F.normalize(x, dim=-1)
+        if self.first is None:
+            return x
         z = F.linear(x, self.first, self.bias)
         return ACTIVATIONS[self.activation](z) if self.activation else z
 
     @property
+    def width(self) -> int:
+        """Channels of x."""
+        return (self.second if self.first is None else self.first).shape[1]
+
+    @property
     def matrices(self) -> tuple[Tensor, ...]:
         """What a token reads for the site alone."""
-        return (self.second,) if self.source else (self.first, self.second)
+        return (self.second,) if self.source or self.first is None else (self.first, self.second)
 
     @property
     def bytes(self) -> int:
@@ -187,6 +206,11 @@ class Factored:
         up = F.linear(h, self.up, self.up_bias)
         a = act(up) if self.gate is None else act(F.linear(h, self.gate, self.gate_bias)) * up
         return a.abs() * self.weight
+
+    @property
+    def width(self) -> int:
+        """Channels of x."""
+        return self.first.shape[1]
 
     @property
     def matrices(self) -> tuple[Tensor, ...]:

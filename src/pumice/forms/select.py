@@ -45,6 +45,9 @@ class Select:
             raise PumiceError("what stands for dropped units is of scope token.")
         if self.scope == "prompt" and isinstance(self.cut, (Threshold, Levels)):
             raise PumiceError(f"{type(self.cut).__name__} is a cut of scope token; a prompt chooses a number of units.")
+        members = getattr(self.score, "members", None)
+        if members is not None and not bool((members.bincount(minlength=self.units // self.group) == self.group).all()):
+            raise PumiceError(f"the groups of {self.units} units have not {self.group} members each.")
         if isinstance(self.score, Predicted) and len(self.score.second) * self.score.group != self.units:
             raise PumiceError(
                 f"a net scores {len(self.score.second)} groups of {self.score.group}, not {self.units} units."
@@ -61,7 +64,7 @@ class Select:
 
     @property
     def group(self) -> int:
-        """Neighbouring units that are chosen together."""
+        """Units that are chosen together."""
         return getattr(self.score, "group", 1)
 
     def live_of(self, tokens: Tokens) -> Tensor:
@@ -72,6 +75,9 @@ class Select:
 
     def spread(self, live: Tensor) -> Tensor:
         """Live groups -> live units."""
+        members = getattr(self.score, "members", None)
+        if members is not None:
+            return live[..., members.to(live.device)]
         return live if self.group == 1 else live.repeat_interleave(self.group, dim=-1)
 
     def statistic(self, activations: Tensor, counts: Tensor) -> Tensor:

@@ -103,9 +103,9 @@ def shared_nets(forms: dict[str, Select], sites: dict[str, Site], runtime: Runti
 
 def _check(net: SharedNet, sites: dict[str, Site]) -> None:
     score, matrix = net.form.score, net.source.matrix(net.source.out_role)
-    if score.first.shape[1] != matrix.shape[1]:
+    if score.width != matrix.shape[1]:
         raise PumiceError(
-            f"the plan's net reads {score.first.shape[1]} channels, but {net.source.name} has {matrix.shape[1]}: "
+            f"the plan's net reads {score.width} channels, but {net.source.name} has {matrix.shape[1]}: "
             "it was made for another model."
         )
     early = [name for name in net.forms if sites[name].block <= net.source.block]

@@ -52,7 +52,7 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
     told = isinstance(form.score, (Predicted, Factored))
     if not (told or isinstance(form.cut, (Threshold, Levels))) or site.expert is not None or site.kind == "experts":
         return None
-    if site.kind == "heads" and not told:  # a head's norm is no column's
+    if (site.kind == "heads" or form.group > 1) and not told:  # a head's or a group's norm is no column's
         return None
     if (
         out.dtype not in (torch.float32, torch.bfloat16)

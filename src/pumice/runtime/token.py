@@ -159,9 +159,9 @@ def check_token(site: Site, form: Select) -> None:
         raise PumiceError(f"{site.name} is a fused expert, which no net can tell yet.")
     if isinstance(form.score, (Predicted, Factored)) and not _told(form):
         entering = site.matrix(site.in_roles[0]).shape[1]
-        if form.score.first.shape[1] != entering:
+        if form.score.width != entering:
             raise PumiceError(
-                f"the net of {site.name} reads {form.score.first.shape[1]} channels, but {entering} enter: it was made "
+                f"the net of {site.name} reads {form.score.width} channels, but {entering} enter: it was made "
                 "for another model."
             )
     if isinstance(form.score, Copied) and (site.kind != "ffn" or site.expert is not None):
