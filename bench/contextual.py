@@ -17,6 +17,7 @@ calibration text:
     contribution      as lowbit, as if its copies gave the exact measure, which is known when gate and up have run
     svd               1 - s + its factors, of rank d/8 in every layer
     dejavu            1 - s + its nets, of rank d/8 in every layer
+    moefication       1 - s + its routers, for experts of 32 neurons
     shadowllm         the same, of the layers after the first, + its net, at the most 2 % of the model's weights
     static            1 - s, the same neurons for every token: what a net has to beat
 
@@ -75,6 +76,7 @@ NATIVE = {"smollm2": ((4, 1), (4, 1)), "gemma-3-270m": ((5, 0.5), (5, 0.53125))}
 FORMATS = ("Q8_0", "Q5_0", "Q4_0")
 CRITERIA = ("plainact", "l2_norm", "grad_norm", "fisher", "snip", "grasp", "nwot")  # the other two are of heads
 NETS = {"dejavu": ("dejavu", {}), "shadowllm, global": ("shadowllm", {"style": "global"})}
+NETS |= {"moefication": ("moefication", {})}
 NETS |= {f"shadowllm, {name}": ("shadowllm", {"style": "layer", "criterion": name}) for name in CRITERIA}
 METHODS = {
     "cats": ("cats", {}),
@@ -129,6 +131,7 @@ def bytes_of(method: str, model) -> Bytes:
         "contribution": Bytes(COPIES),
         "svd": Bytes(d // 8 * (d + 2 * units) * layers / ffn),
         "dejavu": Bytes(d // 8 * (d + units) * layers / ffn),
+        "moefication": Bytes(units // 32 * (d + units // 32) * layers / ffn),
         "shadowllm": Bytes(net + 1 / layers, 1 - 1 / layers),
     }.get(method, Bytes())
 
