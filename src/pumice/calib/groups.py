@@ -1,8 +1,8 @@
 """Groups of neurons of one size: balanced k-means, deterministic, after arXiv:2110.01786.
 
-Centres by k-means++. Then, until the inertia stops falling: every neuron goes to its nearest centre that has room, those
-first that would lose most by the second nearest; neurons change places where both together lie nearer then; and each
-centre moves to the mean of its members.
+Centres by k-means++. Then, until the inertia stops falling: every neuron goes to its nearest centre that has room,
+those first that would lose most by the second nearest; neurons change places where both together lie nearer then; and
+each centre moves to the mean of its members.
 """
 
 from __future__ import annotations
