@@ -175,7 +175,7 @@ def test_torchrun_writes_and_prints_once(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["eval", "smollm2"], "torchrun shares the calibration of sparsify; run eval without it"),
+        (["eval", "smollm2"], "torchrun shares the work of sparsify and of train; run eval without it"),
         (["sparsify", "smollm2", "--method", "wanda", "--out", "x", "--stream"], "torchrun does not go with --stream"),
     ],
 )

@@ -85,6 +85,7 @@ def sparsify(
     chains = recipe.chains(recipe.read(method))
     recipe.check_start([one for chain in chains for one in chain], after is not None)
     _check_slims([one for chain in chains for one in chain], after)
+    _check_trained([one for chain in chains for one in chain])
     check_unspliced(model)
     base = {"name": name or getattr(model, "name_or_path", "") or type(model).__name__}
     base["fingerprint"] = fingerprint_model(model)
@@ -261,6 +262,12 @@ def _check_slims(methods: list[Any], after: Plan | None) -> None:
             f"{slim} makes a smaller model, so it goes alone. Save that first (`pumice sparsify MODEL --method {slim} "
             "--out DIR`), then give DIR as the model of the next method."
         )
+
+
+def _check_trained(methods: list[Any]) -> None:
+    trained = next((one.name for one in methods if hasattr(one, "begin")), None)
+    if trained:
+        raise PumiceError(f"{trained} trains the model: `pumice train MODEL --method {trained} --data … --out DIR`.")
 
 
 def _named(chain: list[Any]) -> str:

@@ -12,7 +12,12 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from pumice.errors import PumiceError, unknown
 
-WHEN = ("static", "prompt", "token")  # once for the weights, once per prompt, once per token
+WHEN = (
+    "static",
+    "prompt",
+    "token",
+    "train",
+)  # once for the weights, per prompt, per token; in training
 
 
 @dataclass(frozen=True)
@@ -92,8 +97,9 @@ def allocations() -> dict[str, Entry]:
 
 
 def _ours(folder: str) -> dict[str, Entry]:
-    found = pkgutil.iter_modules([str(Path(__file__).parent / "methods" / folder)])
-    return {module.name: Entry(module.name, folder, f"pumice.methods.{folder}.{module.name}") for module in found}
+    parts = ("train", "methods") if folder == "train" else ("methods", folder)
+    found = pkgutil.iter_modules([str(Path(__file__).parent.joinpath(*parts))])
+    return {module.name: Entry(module.name, folder, ".".join(("pumice", *parts, module.name))) for module in found}
 
 
 def get(name: str) -> type:

@@ -70,7 +70,8 @@ def fit(
                 best, found = now, {name: tensor.detach().clone() for name, tensor in parts.items()}
             if waited >= patience:
                 break
-    found["first"] = found["first"] / spread
+    reads = "second" if net.first is None else "first"
+    found[reads] = found[reads] / spread
     return replace(net, **found)
 
 

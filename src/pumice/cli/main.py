@@ -103,6 +103,44 @@ def sparsify(
         )
 
 
+@app.command(context_settings=METHOD_FLAGS, short_help="Train a model to need less.")
+def train(
+    context: typer.Context,
+    model: Model,
+    out: Annotated[str, typer.Option(help="the folder to write")],
+    method: Annotated[str | None, typer.Option(help="lte, prosparse, qsparse; none: plain fine-tuning")] = None,
+    data: Annotated[
+        str, typer.Option(help="text as elsewhere, or file:PATH#PROMPT,ANSWER (.csv, .jsonl): answers are learnt")
+    ] = "builtin",
+    window: Window = 512,
+    epochs: Annotated[float, typer.Option(help="passes over the text, all stages together")] = 1.0,
+    steps: Annotated[int, typer.Option(min=0, help="of the optimiser, in place of --epochs")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="examples of a forward, on each device")] = 8,
+    accumulate: Annotated[int, typer.Option(min=1, help="forwards of a step")] = 1,
+    lr: Annotated[float, typer.Option(help="learning rate, at its highest")] = 5e-5,
+    lora: Annotated[int, typer.Option(min=0, help="rank of LoRA adapters; 0: all weights are trained")] = 0,
+    bf16: Annotated[bool, typer.Option("--bf16", help="forwards in bf16")] = False,
+    save_every: Annotated[int, typer.Option(min=0, help="steps between checkpoints; 0: ten in a stage")] = 0,
+    report_to: Annotated[str, typer.Option(help="where transformers logs to: tensorboard, wandb, …")] = "none",
+    seed: Seed = 0,
+    dtype: Dtype = None,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option(help="go on where a killed run was")] = True,
+    json: Json = False,
+) -> None:
+    """Fine-tune a model so that it needs fewer neurons or channels, and write it with the plan that leaves them out."""
+    from pumice.cli.given import methods_from
+    from pumice.cli.train import train
+
+    if method is None and context.args:
+        raise typer.BadParameter(f"{context.args[0]} belongs to a --method: give one.")
+    chosen = methods_from(method, None, context.args, flags=_flags(context), seed=seed) if method else []
+    settings = {"epochs": epochs, "steps": steps, "batch": batch, "accumulate": accumulate, "lr": lr, "lora": lora}
+    settings |= {"bf16": bf16, "save_every": save_every, "report_to": report_to, "seed": seed}
+    run = {"settings": settings, "dtype": dtype, "device": device, "resume": resume, "as_json": json}
+    train(model, chosen, data, out, window=window, **run)
+
+
 @app.command(name="eval", short_help="Perplexity, or tasks, with errors and the protocol.")
 def evaluate(
     model: Model,
@@ -282,7 +320,10 @@ def run() -> None:
         print(f"error{ranks.said_by()}: {_sentence(error)}", file=sys.stderr)
         sys.exit(1)
     if code == 130:  # typer turns Ctrl-C into this code and says nothing
-        print("interrupted. `sparsify` goes on at the block it had reached when it is given again.", file=sys.stderr)
+        print(
+            "interrupted. The same command goes on: `sparsify` at its block, `train` at its checkpoint.",
+            file=sys.stderr,
+        )
     sys.exit(code or 0)
 
 

@@ -1,4 +1,4 @@
-"""`torchrun --nproc-per-node N -m pumice sparsify …`: N processes calibrate together, the first writes and prints."""
+"""`torchrun --nproc-per-node N -m pumice sparsify …`, or `train`: N processes together; the first writes and prints."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def world() -> int:
 
 def begin(verb: str | None) -> None:
     """Refuse a verb that has nothing to share, and silence every process but the first."""
-    if world() > 1 and verb != "sparsify":
-        raise PumiceError(f"torchrun shares the calibration of sparsify; run {verb or 'pumice'} without it.")
+    if world() > 1 and verb not in ("sparsify", "train"):
+        raise PumiceError(f"torchrun shares the work of sparsify and of train; run {verb or 'pumice'} without it.")
     if rank():
         os.environ["TQDM_DISABLE"] = "1"
         warnings.simplefilter("ignore")

@@ -49,7 +49,7 @@ def print_notes(plan, most: int = 5) -> None:
 
 def print_nets(plan) -> None:
     """What the nets of a plan find, layer by layer, on text that they were not trained on."""
-    forms = {name: form for name, form in plan.select.items() if hasattr(form.score, "recall")}
+    forms = {name: form for name, form in plan.select.items() if getattr(form.score, "recall", None) is not None}
     nets = {name: form.score for name, form in forms.items()}
     if not nets:
         return

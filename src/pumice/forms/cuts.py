@@ -16,13 +16,18 @@ class TopK:
     """Drop exactly floor(units·sparsity) units, the lowest scores first and the lowest index first on ties.
 
     `across`: over all sites together that one net scores, of which each keeps its `least` best whatever they score.
+    `block`: of every so many neighbouring units the same number; 0: of all together.
     """
 
     sparsity: float
     across: bool = False
     least: int = 0
+    block: int = 0
 
     def keep(self, score: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        if self.block:
+            each = score.unflatten(-1, (-1, self.block))
+            return drop_lowest(each, removed(self.block, self.sparsity)).flatten(-2)
         return drop_lowest(score, removed(score.shape[-1], self.sparsity))
 
     def keep_across(self, scores: list[Tensor]) -> list[Tensor]:

@@ -145,9 +145,10 @@ class Predicted:
     source: str = ""
     scaled: bool = False
     unit: bool = False
-    recall: float = 1.0  # of the units that matter, the share that it keeps, on held-out tokens
-    precision: float = 1.0  # of the units that it keeps, the share that matters
-    captured: float = 1.0  # mean ‖y_kept‖/‖y‖ of what the units give
+    # on held-out tokens; of a router that the model was trained with, none: it says itself what matters
+    recall: float | None = None  # of the units that matter, the share that it keeps
+    precision: float | None = None  # of the units that it keeps, the share that matters
+    captured: float | None = None  # mean ‖y_kept‖/‖y‖ of what the units give
     least: float = 0.0  # a lower recall is not run
     known = "before"
 

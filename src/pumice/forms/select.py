@@ -59,7 +59,7 @@ class Select:
     def sparsity(self) -> float:
         if isinstance(self.cut, (Threshold, Levels)):
             return self.cut.sparsity
-        ranked = self.units // self.group
+        ranked = getattr(self.cut, "block", 0) or self.units // self.group
         return removed(ranked, self.cut.sparsity) / ranked
 
     @property

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from pumice import registry
 
-DECIDED = {"static": "once", "prompt": "per prompt", "token": "per token"}
+DECIDED = {"static": "once", "prompt": "per prompt", "token": "per token", "train": "in training"}
 WHERE = (
     "Every method also takes `where`: the sites that it decides, as a glob over their names or `re:` and a regex.\n"
     "`A+B` runs B on the masks of A. allocation: uniform, {}."

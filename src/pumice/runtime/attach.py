@@ -240,7 +240,7 @@ def check_base(model: nn.Module, plan: Plan) -> None:
 def check_recall(plan: Plan) -> None:
     """Refuse nets that find too few of the units that matter."""
     nets = {name: form.score for name, form in plan.select.items() if isinstance(form.score, Predicted)}
-    poor = [name for name, net in nets.items() if net.recall < net.least]
+    poor = [name for name, net in nets.items() if net.recall is not None and net.recall < net.least]
     if poor:
         worst = min(poor, key=lambda name: nets[name].recall)
         found, asked = (f"{100 * share:.0f} %" for share in (nets[worst].recall, nets[worst].least))

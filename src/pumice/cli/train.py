@@ -1,0 +1,69 @@
+"""`pumice train`: a model learns to need less, and what that cost it stands beside what it was before."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pumice.cli.given import check_length, open_model, quiet_libraries, refuse_packed, refuse_sparse
+from pumice.cli.say import emit, note, page, sheet, sparse_part
+from pumice.errors import PumiceError
+
+
+def train(model: str, methods: list[Any], data: str, out: str, *, window: int, settings: dict, dtype, device,
+          resume: bool, as_json: bool) -> None:  # fmt: skip
+    from pumice.calib.sources import check
+    from pumice.hub.folder import check_target
+    from pumice.train.run import Settings, train
+
+    if len(methods) > 1 or (methods and not hasattr(methods[0], "begin")):
+        raise PumiceError(
+            f"{'+'.join(one.name for one in methods)} is not trained: `pumice sparsify` makes it. Methods that are: "
+            f"{', '.join(trained_methods())}."
+        )
+    settings = Settings(**settings)
+    check_target(out)
+    if "," not in data.partition("#")[2]:
+        check(data)
+    quiet_libraries()
+    loaded, before = open_model(model, dtype, device)
+    refuse_sparse(model, before)
+    refuse_packed(loaded)
+    check_length(loaded, window, "--window")
+    found = train(loaded.model, methods[0] if methods else None, data, out, tokenizer=loaded.tokenizer, window=window,
+                  name=loaded.name, resume=resume, settings=settings)  # fmt: skip
+    show(found, model, out, as_json)
+
+
+def trained_methods() -> list[str]:
+    from pumice.registry import methods
+
+    return [name for name, entry in methods().items() if entry.when == "train"]
+
+
+def show(found, model: str, out: str, as_json: bool) -> None:
+    from rich.table import Table
+
+    from pumice.eval.perplexity import paired_ratio
+
+    rows = {"before training": found.before, "trained, dense": found.dense, "trained, sparse": found.sparse}
+    rows = {name: row for name, row in rows.items() if row is not None}
+    ratios = {name: paired_ratio(row, found.before) for name, row in rows.items() if row is not found.before}
+    if as_json:
+        figures = {name.replace(", ", "_").replace(" ", "_"): row.perplexity for name, row in rows.items()}
+        return emit({"model": model, "out": out, **(sparse_part(found.plan) if found.plan else {}), **figures,
+                     "active_on_held_out": found.active, "tokens": found.tokens})  # fmt: skip
+    table = Table(box=None, pad_edge=False)
+    for name in ("", "perplexity", "over before [95 %]"):
+        table.add_column(name, justify="right" if name else "left")
+    for name, row in rows.items():
+        ratio = "{:.2f}× [{:.2f}, {:.2f}]".format(*ratios[name]) if name in ratios else ""
+        table.add_row(name, f"{row.perplexity:.2f} ± {row.standard_error:.2f}", ratio)
+    sheet.print(table)
+    note.print(f"on {found.before.protocol['examples']} examples that were neither learnt nor calibrated on")
+    if found.plan is not None:
+        page.print(
+            f"Achieved sparsity {found.plan.sparsity():.4f} on the calibration text; on the held-out text "
+            f"{1 - found.active:.4f}."
+        )
+    page.print(f"{found.tokens:,} tokens were learnt. Saved in {out}.")
+    page.print(f"Next: pumice bench {out}    pumice eval {out}    pumice generate {out}")

@@ -1,0 +1,244 @@
+"""LTE: a model learns to need fewer experts, groups of its own neurons, and routers which ones.  arXiv:2402.06126
+
+stage 1   FFN(x) = Σ_i G_i(x) E_i(x),  G = sigmoid(x Wg);   loss + η·mean G² + λ·mean 1/((G - ½)² + ε)
+stage 2   FFN(x) = Σ_i 1[G_i(x) > τ] E_i(x), routers as they are;   loss
+η is steered by the share of experts with G > ½, τ between the stages and in the second: the sparsity asked for is met.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pumice.api import sparsify
+from pumice.arch.detect import Arch
+from pumice.arch.order import reorder
+from pumice.budget import apportion
+from pumice.calib.data import Windows
+from pumice.calib.fit import fit
+from pumice.calib.groups import balanced, check_size, drawn
+from pumice.calib.stats import Entries, Inputs, SiteStats
+from pumice.calib.units import weights_of_unit
+from pumice.errors import PumiceError
+from pumice.forms import Magnitude, Predicted, Select, Threshold, Tokens
+from pumice.registry import method
+from pumice.sites import Site
+from pumice.train.stage import Stage, edited, neurons_of
+
+ROUTERS = "pumice_routers"  # a child of the model while it trains, so that checkpoints hold them
+EPS = 1e-2  # of the separability: without it a router at ½ has an infinite loss
+
+
+@method("lte", kinds=["ffn"])
+class LTE:
+    """The checkpoint has the neurons of an expert beside each other; the plan holds routers and thresholds.
+
+    `distill`: weight of KL(dense ‖ sparse) in stage 2, the dense model being the one that training began with.
+    """
+
+    sparsity: float = 0.5
+    size: int = 32  # neurons of an expert
+    grouping: Literal["kmeans", "random", "neighbours"] = "kmeans"
+    start: Literal["needed", "random"] = "needed"  # of the routers
+    separability: float = 0.5  # λ
+    soft: float = 0.5  # of the steps, those of stage 1
+    distill: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or not 0.0 < self.soft < 1.0 or self.separability < 0 or self.distill < 0:
+            raise PumiceError(
+                "lte.size is 1 or more, soft between 0 and 1, separability and distill 0 or more; got "
+                f"{self.size}, {self.soft}, {self.separability} and {self.distill}."
+            )
+
+    def begin(self, model: nn.Module, arch: Arch, text: Windows) -> Arch:
+        """Put the neurons of each expert beside each other, and routers beside the model."""
+        routers = nn.ModuleDict()
+        generator = torch.Generator().manual_seed(self.seed)
+        for site in neurons_of(arch, "lte"):
+            check_size(site.units, self.size, site.name)
+            members = self.members(site)
+            if members is not None:
+                reorder(site, members.argsort(stable=True))
+            d, device = site.matrix(site.in_roles[0]).shape[1], site.matrix("down").device
+            router = nn.Linear(d, site.units // self.size, bias=False, device=device)
+            with torch.no_grad():  # small: its entries of unit size then give G about ½, from where both ways are open
+                router.weight.copy_(torch.randn(router.weight.shape, generator=generator) / math.sqrt(d))
+            routers[key(site)] = router
+        if self.start == "needed":
+            plan = sparsify(model, Needed(sparsity=self.sparsity, size=self.size, seed=self.seed), text, resume=False)
+            for site in neurons_of(arch, "lte"):
+                routers[key(site)].weight.data.copy_(plan.select[site.name].score.second)
+        model.add_module(ROUTERS, routers)
+        return arch
+
+    def members(self, site: Site) -> Tensor | None:
+        if self.grouping == "neighbours":
+            return None
+        if self.grouping == "random":
+            return drawn(site.units, self.size, self.seed)
+        return balanced(site.rows(site.in_roles[0]).cpu(), self.size, self.seed, title=f"experts of {site.name}")
+
+    def stages(self, model: nn.Module, dense: nn.Module | None) -> list[Stage]:
+        first = Routed(name="soft routing", share=self.soft, routers=routers_of(model), sparsity=self.sparsity,
+                       size=self.size, separability=self.separability)  # fmt: skip
+        second = Routed(name="hard routing", share=1 - self.soft, routers=routers_of(model), sparsity=self.sparsity,
+                        size=self.size, hard=True, before=first, dense=dense, distill=self.distill)  # fmt: skip
+        return [first, second]
+
+    def finish(self, model: nn.Module, arch: Arch, stages: list[Stage], batches: list[dict[str, Tensor]]) -> Routes:
+        """Take the routers off the model; what calibrates their thresholds."""
+        shares = apportion(stages[-1].dropped(model, arch, batches), units_of(arch), self.sparsity)
+        routers = {name: router.weight.detach().float().cpu() for name, router in routers_of(model).items()}
+        delattr(model, ROUTERS)
+        return Routes(size=self.size, routers=routers, shares=shares)
+
+
+def units_of(arch: Arch) -> dict[str, int]:
+    return {site.name: site.units for site in neurons_of(arch, "lte")}
+
+
+def key(site: Site) -> str:
+    return site.name.replace(".", "_")
+
+
+def routers_of(model: nn.Module) -> nn.ModuleDict:
+    return getattr(model, ROUTERS)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Needed:
+    """Routers that tell, of the dense model's experts, those that give most: Σ_{j in e} |a_j|·‖down_:,j‖."""
+
+    sparsity: float
+    size: int
+    seed: int
+    name, kinds, where, refines = "lte", ("ffn",), "*", False
+    needs = (Entries, Inputs)
+
+    def solve(self, site: Site, stats: SiteStats) -> Select | None:
+        if site.expert is not None:
+            return None
+        x, a = stats[Entries], stats[Inputs]
+        worth = Magnitude(units=site.units, weight=site.weight_of("down").norm(dim=0), group=self.size)
+        gives = worth.of_tokens(Tokens(a=lambda: a))
+        needed = Threshold.removing(gives, self.sparsity).keep(gives)
+        net = Predicted(second=torch.zeros(gives.shape[1], x.shape[1], device=x.device), group=self.size)
+        settings = {"epochs": 20, "lr": 1e-3, "batch": 256, "seed": self.seed, "title": f"router of {site.name}"}
+        net = fit(net, x, needed, F.binary_cross_entropy_with_logits, **settings)
+        cut = Threshold(tau=float("-inf"), sparsity=0.0)  # the dense stream goes on
+        return Select(score=net, cut=cut, units=site.units, scope="token", weights=weights_of_unit(site))
+
+
+@dataclass(kw_only=True, eq=False)
+class Routed(Stage):
+    """Experts that count by their router's score, or, `hard`, that run where it is above a threshold."""
+
+    routers: nn.ModuleDict = field(repr=False)
+    sparsity: float
+    size: int
+    separability: float = 0.0
+    hard: bool = False
+    before: Routed | None = None
+    dense: nn.Module | None = field(default=None, repr=False)
+    distill: float = 0.0
+    eta: float = 1.0
+    logit: float = 0.0  # of τ, above which as many experts lie as are to run
+    logits: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of the running forward, by site
+    apart: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the same, with no gradient into the model
+
+    @contextmanager
+    def on(self, model: nn.Module, arch: Arch) -> Iterator[None]:
+        sites = neurons_of(arch, "lte")
+        for router in self.routers.values():
+            router.requires_grad_(not self.hard)
+        if self.before is not None and self.logit == 0.0:
+            self.logit = self.before.logit
+        with edited(sites, model, self.enter, self.edit):
+            yield
+        self.logits.clear()
+
+    def enter(self, site: Site, x: Tensor) -> None:
+        router = self.routers[key(site)]
+        x = x.to(router.weight.dtype)  # its own: fp32 whatever the model's
+        self.logits[key(site)] = router(x)
+        if not self.hard:
+            self.apart[key(site)] = router(x.detach())
+
+    def edit(self, site: Site, a: Tensor) -> Tensor:
+        z = self.logits[key(site)]
+        share = (z > self.logit).to(a.dtype) if self.hard else z.sigmoid().to(a.dtype)
+        return a * share.reshape(*a.shape[:-1], -1).repeat_interleave(self.size, dim=-1)
+
+    def terms(self, logits: Tensor, inputs: dict) -> dict[str, Tensor]:
+        if not self.hard:
+            scores = torch.cat([self.rows(z).sigmoid().flatten() for z in self.apart.values()])
+            apart = (1 / ((scores - 0.5).square() + EPS)).mean() - 1 / (0.25 + EPS)  # 0 where every score is 0 or 1
+            return {"efficiency": self.eta * scores.square().mean(), "separability": self.separability * apart}
+        if not self.distill:
+            return {}
+        with torch.no_grad():
+            wanted = self.dense(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        rows = [self.rows(t).float().log_softmax(-1) for t in (logits, wanted)]
+        return {"distillation": self.distill * F.kl_div(*rows, log_target=True, reduction="batchmean")}
+
+    def measured(self) -> dict[str, float]:
+        """The share of experts above ½ in stage 1, and above the threshold that is being looked for."""
+        z = torch.cat([self.rows(z).detach().flatten() for z in self.logits.values()])
+        active = {} if self.hard else {"half": (z > 0).float().mean().item()}
+        return {"active": (z > self.logit).float().mean().item(), **active}
+
+    def stepped(self, numbers: dict[str, float]) -> None:
+        # shares of tokens add up over processes, as quantiles do not; a logit's density is some tenths, so that a few
+        # steps meet the budget
+        self.logit += numbers["active"] - 1 + self.sparsity
+        if not self.hard:
+            self.eta = min(max(self.eta * math.exp(numbers["half"] - 1 + self.sparsity), 1e-4), 1e4)
+
+    def state(self) -> dict[str, float]:
+        return {name: getattr(self, name) for name in ("eta", "logit")}
+
+    @torch.no_grad()
+    def dropped(self, model: nn.Module, arch: Arch, batches: list[dict[str, Tensor]]) -> dict[str, float]:
+        """The share of its experts that each layer leaves out on some text, by site."""
+        sites, total, tokens = neurons_of(arch, "lte"), {}, 0
+        with self.on(model, arch):
+            for batch in batches:
+                self.valid = batch["attention_mask"].bool()
+                model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
+                tokens += int(self.valid.sum())
+                for site in sites:
+                    gone = self.rows(self.logits[key(site)]) <= self.logit
+                    total[site.name] = total.get(site.name, 0.0) + gone.float().mean(-1).sum().item()
+        return {name: count / tokens for name, count in total.items()}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Routes:
+    """The Selects of trained routers, as a method of `sparsify`.
+
+    In training all layers have one threshold, so that each learns how many experts it needs; here each keeps its share
+    of them by a threshold of its own, which meets it exactly on the calibration text.
+    """
+
+    size: int
+    routers: dict[str, Tensor]
+    shares: dict[str, float]  # of the experts that are dropped, by site
+    name, kinds, where, refines = "lte", ("ffn",), "*", False
+    needs = (Entries,)
+
+    def solve(self, site: Site, stats: SiteStats) -> Select | None:
+        if site.name not in self.shares:
+            return None
+        x = stats[Entries]
+        net = Predicted(second=self.routers[key(site)].to(x.device), group=self.size)
+        cut = Threshold.removing(F.linear(x, net.second), self.shares[site.name])
+        return Select(score=net, cut=cut, units=site.units, scope="token", weights=weights_of_unit(site))
