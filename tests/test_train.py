@@ -17,6 +17,8 @@ from pumice.arch.detect import detect
 from pumice.arch.order import reorder
 from pumice.errors import PumiceError
 from pumice.forms import TopK
+from pumice.methods.prompt.griffin import Griffin
+from pumice.methods.token.cats import Cats
 from pumice.plan import Plan
 from pumice.train import trainer as training
 from pumice.train.methods.lte import LTE, ROUTERS, Routed, key
@@ -275,6 +277,21 @@ def test_what_was_trained_loads_and_gives_the_same(family, method, tmp_path):
     assert not (tmp_path / ".out.train").exists()
 
 
+@pytest.mark.parametrize("method", [Cats(sparsity=0.5), Griffin(sparsity=0.5)], ids=lambda m: m.name)
+def test_a_method_that_selects_runs_in_training(method, tmp_path):
+    model = tiny("llama")
+    plan = pumice.sparsify(model, method, ROWS[:16], resume=False)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    found = learnt(model, method, tmp_path / "out", steps=1)
+    assert found.sparse.perplexity != found.dense.perplexity and "pumice" not in model.__dict__
+    other = tiny("llama")
+    learnt(other, None, tmp_path / "plain", steps=1)
+    same = [torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True)]
+    assert not all(same)  # another gradient: what was not selected gave none
+    assert plan.select.keys() == found.plan.select.keys()
+    assert any(not torch.equal(p, start[name]) for name, p in model.named_parameters())
+
+
 def test_plain_fine_tuning_is_an_ordinary_folder(tmp_path):
     found = learnt(tiny("llama"), None, tmp_path / "out")
     assert found.plan is None and not (tmp_path / "out/pumice.json").exists()
@@ -401,7 +418,8 @@ def test_the_command_trains_prints_and_saves(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--method", "wanda"], "wanda is not trained: `pumice sparsify` makes it. Methods that are: lte, prosparse"),
+        (["--method", "wanda", "--window", "32"], "wanda changes weights: fine-tune what `pumice sparsify` made of it"),
+        (["--method", "cats+teal"], "one method at a time"),
         (["--method", "lte", "--sparsty", "0.5"], "Did you mean '--sparsity'"),
         (["--data", "file:/no/such"], "cannot read /no/such"),
         (["--sparsity", "0.5"], "belongs to a --method"),

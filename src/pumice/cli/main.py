@@ -108,7 +108,9 @@ def train(
     context: typer.Context,
     model: Model,
     out: Annotated[str, typer.Option(help="the folder to write")],
-    method: Annotated[str | None, typer.Option(help="lte, prosparse, qsparse; none: plain fine-tuning")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="lte, prosparse, qsparse; one that selects; none: plain fine-tuning")
+    ] = None,
     data: Annotated[
         str, typer.Option(help="text as elsewhere, or file:PATH#PROMPT,ANSWER (.csv, .jsonl): answers are learnt")
     ] = "builtin",

@@ -15,11 +15,8 @@ def train(model: str, methods: list[Any], data: str, out: str, *, window: int, s
     from pumice.hub.folder import check_target
     from pumice.train.run import Settings, train
 
-    if len(methods) > 1 or (methods and not hasattr(methods[0], "begin")):
-        raise PumiceError(
-            f"{'+'.join(one.name for one in methods)} is not trained: `pumice sparsify` makes it. Methods that are: "
-            f"{', '.join(trained_methods())}."
-        )
+    if len(methods) > 1:
+        raise PumiceError("a model is trained for one method at a time.")
     settings = Settings(**settings)
     check_target(out)
     if "," not in data.partition("#")[2]:
@@ -32,12 +29,6 @@ def train(model: str, methods: list[Any], data: str, out: str, *, window: int, s
     found = train(loaded.model, methods[0] if methods else None, data, out, tokenizer=loaded.tokenizer, window=window,
                   name=loaded.name, resume=resume, settings=settings)  # fmt: skip
     show(found, model, out, as_json)
-
-
-def trained_methods() -> list[str]:
-    from pumice.registry import methods
-
-    return [name for name, entry in methods().items() if entry.when == "train"]
 
 
 def show(found, model: str, out: str, as_json: bool) -> None:

@@ -25,6 +25,7 @@ from pumice.eval.perplexity import Perplexity, combine
 from pumice.hub.folder import check_target, replacing, same_permissions, told
 from pumice.hub.save import save
 from pumice.plan import Plan, fingerprint_model
+from pumice.train.adapt import Adapt
 from pumice.train.stage import Stage
 from pumice.train.text import Lessons, lessons, padded, windows_of
 from pumice.train.trainer import StageTrainer
@@ -83,15 +84,19 @@ def train(
 ) -> Trained:
     """Train `model` in place and write it to `out`, an ordinary folder with its plan.
 
-    `method`: one that trains (`lte`, `prosparse`, `qsparse`), or None for plain fine-tuning. `data`: a source, texts or
-    token ids, or `file:PATH#prompt,answer`. A run that was killed goes on from its last checkpoint, in a hidden folder
+    `method`: one that trains (`lte`, `prosparse`, `qsparse`); one of `sparsify` that selects (`cats`, `griffin`), which
+    then runs in training; or None for plain fine-tuning. `data`: a source, texts, token ids, or
+    `file:PATH#prompt,answer`. A run that was killed goes on from its last checkpoint, in a hidden folder
     beside `out` that goes when all is written.
     """
     settings = settings or Settings()
+    said = None if method is None else recipe.describe(method)
+    if method is not None and not hasattr(method, "begin"):
+        method = Adapt(method=method)
     out = check_target(out)
     text = lessons(data, tokenizer, window=window, seed=settings.seed)
     base = name or getattr(model, "name_or_path", "") or type(model).__name__
-    stamp = _stamp(model, method, text, settings)
+    stamp = _stamp(model, said, text, settings)
     before = scored(model, text.measure)
     dense = deepcopy(model).eval().requires_grad_(False) if getattr(method, "distill", 0) else None
     arch = detect(model)
@@ -111,7 +116,7 @@ def train(
         batches = [padded(part) for part in _parts(text.calibrate, settings.batch)]
         ready = method.finish(model, arch, stages, batches)
         plan = sparsify(model, ready, windows_of(text.calibrate, text.protocol), resume=False, check=False)
-        made = recipe.describe(method) | {"training": vars(settings)}
+        made = said | {"training": vars(settings)}
         plan = replace(plan, recipe=[made], base={**plan.base, "name": str(out), "trained_from": base})
     found = measured(model, plan, before, text, steps * examples)
     if first and plan is None:
@@ -122,10 +127,10 @@ def train(
     return found
 
 
-def _stamp(model: nn.Module, method, text: Lessons, settings: Settings) -> str:
+def _stamp(model: nn.Module, method: dict | None, text: Lessons, settings: Settings) -> str:
     """What a run has to share with the one that it goes on from."""
     said = {"pumice": __version__, "weights": fingerprint_model(model), "text": text.protocol}
-    said |= {"method": None if method is None else recipe.describe(method), "settings": vars(settings)}
+    said |= {"method": method, "settings": vars(settings)}
     return json.dumps(said, sort_keys=True)
 
 
@@ -216,9 +221,11 @@ def measured(model: nn.Module, plan: Plan | None, before: Perplexity, text: Less
     dense = scored(model, text.measure)
     if plan is None:
         return Trained(None, before, dense, None, None, tokens)
-    twin = attach(model, plan, exec="reference")
+    twin = attach(model, plan, exec="reference", check=False)
     twin.pumice.counting = True
-    sparse = scored(twin, text.measure)
+    border = text.measure[0]["input_ids"].shape[0] // 2 if plan.per_prompt else None
+    with twin.pumice.phase(border):
+        sparse = scored(twin, text.measure)
     counters = [selection.counter.density for selection in twin.pumice.selections.values()]
     return Trained(plan, before, dense, sparse, sum(counters) / len(counters), tokens)
 

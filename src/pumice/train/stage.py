@@ -27,6 +27,9 @@ class Stage:
         """While the trainer runs."""
         yield
 
+    def before(self, inputs: dict[str, Tensor]) -> None:
+        """Ahead of a forward."""
+
     def terms(self, logits: Tensor, inputs: dict) -> dict[str, Tensor]:
         """What is added to the loss of the forward that has just run, by name."""
         return {}

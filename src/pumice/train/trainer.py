@@ -37,6 +37,7 @@ class StageTrainer(Trainer):
         mask = inputs.get("attention_mask")
         stage.valid = None if mask is None else mask.bool()
         stage.progress = self.state.global_step / max(self.state.max_steps, 1)
+        stage.before(inputs)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         terms = stage.terms(outputs.logits, inputs)
         self.check(model, inputs, {"loss": loss, **terms})

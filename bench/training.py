@@ -1,0 +1,211 @@
+"""Claim: from 50 % up, a model that was trained to need fewer neurons loses less than one that was not.
+
+    python bench/training.py --model DIR --test FILE [--steps N] [--only REGEX]        stories260K, hours on one core
+    python bench/training.py --plot                                                    the table and the picture alone
+
+DIR: llama2.c's stories260K in the layout of transformers (SwiGLU, 5 layers, d = 64, 172 neurons a layer, in experts of
+4). Every row begins at the same weights and learns the same tokens: stories that the model itself tells (temperature
+1), 8 × 256 tokens a step, AdamW, 1e-3, cosine. So dense training has little to gain, and what a row loses is the price
+of its zeros. Scored on 64 windows of 256 of real stories, every token sparse; ratios to dense are a paired bootstrap over
+windows. `active`: the share of neurons that ran on the test text. `bytes`: of the FFN's, 16 bits a weight, what a token
+reads: live rows and columns, whole matrices where they tell, and routers.
+
+    lte                          routers d × 43 in every layer, live experts of the three matrices
+    prosparse, relu              gate whole, live rows of up and columns of down
+    relu + dejavu, moefication   the ReLU model's neurons by nets of rank d/2, by routers (mlp)
+    cats, cats trained           gate whole, as prosparse; trained: the same tokens under its plan
+    griffin, griffin trained     the prompt's neurons; here the first half of a window is the prompt, and the other is
+                                 scored (dense then too)
+    qsparse                      1 - s of all matrices, attention's too: no neighbour of the others
+
+Expected: LTE best from 50 % up. To be seen beside it: ReLU closes half of the neurons by itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from relu_model import told
+from transformers import AutoModelForCausalLM
+
+import pumice
+from pumice import recipe
+from pumice.arch.detect import detect
+from pumice.calib.data import tokens
+from pumice.disk import write
+from pumice.eval.perplexity import Perplexity, combine, paired_ratio
+from pumice.plan import Plan
+from pumice.report.rows import machine
+from pumice.train.run import Settings, scored, train
+
+RESULTS = Path(__file__).parent / "results"
+SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
+WINDOW, BATCH, SIZE = 256, 8, 4
+TRAINED = {"lte": ("lte", {"size": SIZE}), "prosparse": ("prosparse", {}), "qsparse": ("qsparse", {}),
+           "cats trained": ("cats", {"first": 0}), "griffin trained": ("griffin", {})}  # fmt: skip
+FREE = {"cats": ("cats", {"first": 0}), "griffin": ("griffin", {})}
+ON_RELU = {
+    "relu + dejavu": ("dejavu", {"first": 0, "rank": 32, "recall": 0.0}),
+    "relu + moefication": ("moefication", {"first": 0, "size": SIZE, "recall": 0.0}),
+}
+
+
+def share(name: str, active: float, model) -> float | None:
+    """Of the FFN's bytes, those that a token reads."""
+    site = detect(model).of_kind("ffn")[0]
+    d, units = site.matrix("up").shape[1], site.units
+    ffn, groups = 3 * d * units, units // SIZE
+    whole = {"lte": d * groups, "relu + dejavu": 32 * (d + units), "relu + moefication": groups * (d + groups)}
+    if name.startswith(("cats", "prosparse", "relu,")):
+        return round((1 + 2 * active) / 3, 4)
+    return round(active + whole.get(name, 0) / ffn, 4)
+
+
+def measured(model, plan: Plan | None, rows: list[dict]) -> tuple[Perplexity, float]:
+    """Perplexity and the share of units that ran; where a prompt chooses, of the second half alone."""
+    if plan is None:
+        return scored(model, rows), 1.0
+    twin = plan.attach(model, exec="reference", check=False)
+    twin.pumice.counting = True
+    with twin.pumice.phase(WINDOW // 2 if plan.per_prompt else None):
+        found = scored(twin, rows)
+    densities = [selection.counter.density for selection in twin.pumice.selections.values()]
+    return found, sum(densities) / len(densities)
+
+
+def row(name: str, sparsity: float, model, plan: Plan | None, rows: list[dict], halves: list[dict]) -> dict:
+    found, active = measured(model, plan, halves if name.startswith("griffin") else rows)
+    return {
+        "method": name,
+        "sparsity": sparsity,
+        "active": round(active, 4),
+        "bytes": share(name, active, model),
+        "losses": [round(loss, 6) for loss in found.losses],
+    }
+
+
+def finished(data: dict) -> dict:
+    for key in data["rows"]:
+        one = data["rows"][key]
+        dense = data["dense halves" if one["method"].startswith("griffin") else "dense"]
+        mine, base = (combine(losses, len(losses), {}) for losses in (one["losses"], dense))
+        one["perplexity"], one["error"] = round(mine.perplexity, 3), round(mine.standard_error, 3)
+        one["ratio_to_dense"] = [round(part, 4) for part in paired_ratio(mine, base)]
+    return data
+
+
+def table(data: dict) -> str:
+    lines = [
+        "| method | asked | active | bytes of the FFN | perplexity | × dense [95 %] |",
+        "|---|---|---|---|---|---|",
+    ]
+    for one in sorted(data["rows"].values(), key=lambda one: (one["sparsity"], one["ratio_to_dense"][0])):
+        ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*one["ratio_to_dense"])
+        cells = [one["method"], f"{one['sparsity']:.1f}", f"{one['active']:.3f}", f"{one['bytes']:.3f}"]
+        lines.append(f"| {' | '.join([*cells, f'{one["perplexity"]:.3f} ± {one["error"]:.3f}', ratio])} |")
+    return "\n".join(lines)
+
+
+def plot(data: dict) -> None:
+    try:
+        import matplotlib
+    except ImportError:
+        print("\nNo picture without matplotlib: pip install 'pumice[plot]', then --plot.")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    rows = [one for one in data["rows"].values() if one["method"] != "dense trained"]
+    for name in dict.fromkeys(one["method"] for one in rows):
+        mine = [one for one in rows if one["method"] == name]
+        for panel, x in zip(panels, (lambda one: 1 - one["active"], lambda one: one["bytes"]), strict=True):
+            points = sorted((x(one), one["ratio_to_dense"][0]) for one in mine)
+            panel.plot(*zip(*points, strict=True), marker="o", label=name)
+    for panel, label in zip(panels, ("neurons that did not run", "bytes of the FFN that a token reads"), strict=True):
+        panel.axhline(1.0, color="grey", linestyle=":")
+        panel.set(xlabel=label, ylim=(0.95, 3.0))
+    panels[0].set_ylabel("perplexity over dense, 64 windows of real stories")
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"stories260K, {data['tokens']:,} tokens of training for every trained row")
+    figure.tight_layout()
+    figure.savefig(RESULTS / "training.svg")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="stories260K as a folder")
+    parser.add_argument("--test", help="real stories")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--only", default="", help="rows whose key this expression finds: `lte`, `cats 0.5`")
+    parser.add_argument("--plot", action="store_true")
+    options = parser.parse_args()
+    path = RESULTS / "training.json"
+    data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    if not options.plot:
+        fill(options, data, path)
+    print(table(finished(data)))
+    plot(data)
+
+
+def fill(options: argparse.Namespace, data: dict, path: Path) -> None:
+    base, tokenizer = pumice.load(options.model)
+    test = tokens(f"file:{options.test}", tokenizer, window=WINDOW, windows=64, order="sequential", split="test")
+    rows = [{"input_ids": ids, "labels": ids} for ids in test.ids]
+    halves = [{"input_ids": ids, "labels": torch.where(torch.arange(WINDOW) < WINDOW // 2, -100, ids)}
+              for ids in test.ids]  # fmt: skip
+    text = told(base, (options.steps * BATCH + 64) * WINDOW // 512, seed=1).reshape(-1, WINDOW)
+    data |= {"machine": machine(), "tokens": options.steps * BATCH * WINDOW}
+    data["dense"] = [round(loss, 6) for loss in scored(base, rows).losses]
+    data["dense halves"] = [round(loss, 6) for loss in scored(base, halves).losses]
+    settings = Settings(steps=options.steps, batch=BATCH, lr=1e-3)
+
+    def wanted(key: str) -> bool:
+        return key not in data["rows"] and re.search(options.only, key) is not None
+
+    def keep(key: str, found: dict) -> None:
+        data["rows"][key] = found
+        out = json.dumps(finished(data), indent=1) + "\n"
+        write(path, lambda part: part.write_text(out))
+        print(key, found["perplexity"], found["active"], flush=True)
+
+    def fresh():
+        return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+
+    def learnt(method) -> tuple:
+        model = fresh()
+        with tempfile.TemporaryDirectory() as folder:
+            found = train(model, method, text, Path(folder) / "out", window=WINDOW, settings=settings)
+        return model, found.plan
+
+    def solved(model, method: str, given: dict) -> Plan:
+        return pumice.sparsify(model, recipe.build(method, given), text[-64:], resume=False, check=False)
+
+    if wanted("dense trained"):
+        model, _ = learnt(None)
+        keep("dense trained", row("dense trained", 0.0, model, None, rows, halves))
+    relu = None
+    for s in SPARSITIES:
+        for name, (method, given) in TRAINED.items():
+            if wanted(key := f"{name} {s}"):
+                keep(key, row(name, s, *learnt(recipe.build(method, {"sparsity": s} | given)), rows, halves))
+        for name, (method, given) in FREE.items():
+            if wanted(key := f"{name} {s}"):
+                keep(key, row(name, s, base, solved(base, method, {"sparsity": s} | given), rows, halves))
+        for name, (method, given) in ON_RELU.items():
+            if wanted(key := f"{name} {s}"):
+                relu = relu or learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))
+                plan = solved(relu[0], method, {"sparsity": s} | given)
+                keep(key, row(name, s, relu[0], plan, rows, halves))
+    if wanted("relu alone"):
+        relu = relu or learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))
+        keep("relu alone", row("relu, what closes by itself", 0.0, *relu, rows, halves))
+
+
+if __name__ == "__main__":
+    main()
