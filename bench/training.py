@@ -6,9 +6,9 @@
 DIR: llama2.c's stories260K in the layout of transformers (SwiGLU, 5 layers, d = 64, 172 neurons a layer, in experts of
 4). Every row begins at the same weights and learns the same tokens: stories that the model itself tells (temperature
 1), 8 × 256 tokens a step, AdamW, 1e-3, cosine. So dense training has little to gain, and what a row loses is the price
-of its zeros. Scored on 64 windows of 256 of real stories, every token sparse; ratios to dense are a paired bootstrap over
-windows. `active`: the share of neurons that ran on the test text. `bytes`: of the FFN's, 16 bits a weight, what a token
-reads: live rows and columns, whole matrices where they tell, and routers.
+of its zeros. Scored on 64 windows of 256 of real stories, every token sparse; ratios to dense are a paired bootstrap
+over windows. `active`: the share of neurons that ran on the test text. `bytes`: of the FFN's, 16 bits a weight, what a
+token reads: live rows and columns, whole matrices where they tell, and routers.
 
     lte                          routers d × 43 in every layer, live experts of the three matrices
     prosparse, relu              gate whole, live rows of up and columns of down
@@ -30,7 +30,6 @@ import tempfile
 from pathlib import Path
 
 import torch
-from relu_model import told
 from transformers import AutoModelForCausalLM
 
 import pumice
@@ -42,6 +41,7 @@ from pumice.eval.perplexity import Perplexity, combine, paired_ratio
 from pumice.plan import Plan
 from pumice.report.rows import machine
 from pumice.train.run import Settings, scored, train
+from relu_model import told
 
 RESULTS = Path(__file__).parent / "results"
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
@@ -107,7 +107,8 @@ def table(data: dict) -> str:
     for one in sorted(data["rows"].values(), key=lambda one: (one["sparsity"], one["ratio_to_dense"][0])):
         ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*one["ratio_to_dense"])
         cells = [one["method"], f"{one['sparsity']:.1f}", f"{one['active']:.3f}", f"{one['bytes']:.3f}"]
-        lines.append(f"| {' | '.join([*cells, f'{one["perplexity"]:.3f} ± {one["error"]:.3f}', ratio])} |")
+        cells += [f"{one['perplexity']:.3f} ± {one['error']:.3f}", ratio]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
