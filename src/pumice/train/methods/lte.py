@@ -91,7 +91,7 @@ class LTE:
         first = Routed(name="soft routing", share=self.soft, routers=routers_of(model), sparsity=self.sparsity,
                        size=self.size, separability=self.separability)  # fmt: skip
         second = Routed(name="hard routing", share=1 - self.soft, routers=routers_of(model), sparsity=self.sparsity,
-                        size=self.size, hard=True, before=first, dense=dense, distill=self.distill)  # fmt: skip
+                        size=self.size, hard=True, earlier=first, dense=dense, distill=self.distill)  # fmt: skip
         return [first, second]
 
     def finish(self, model: nn.Module, arch: Arch, stages: list[Stage], batches: list[dict[str, Tensor]]) -> Routes:
@@ -147,7 +147,7 @@ class Routed(Stage):
     size: int
     separability: float = 0.0
     hard: bool = False
-    before: Routed | None = None
+    earlier: Routed | None = None
     dense: nn.Module | None = field(default=None, repr=False)
     distill: float = 0.0
     eta: float = 1.0
@@ -160,8 +160,8 @@ class Routed(Stage):
         sites = neurons_of(arch, "lte")
         for router in self.routers.values():
             router.requires_grad_(not self.hard)
-        if self.before is not None and self.logit == 0.0:
-            self.logit = self.before.logit
+        if self.earlier is not None and self.logit == 0.0:
+            self.logit = self.earlier.logit
         with edited(sites, model, self.enter, self.edit):
             yield
         self.logits.clear()
