@@ -29,6 +29,7 @@ SCRIPTS = {
     "wanda": "`bench/larger_than_memory.py` and `bench/pruning.py`",
     **dict.fromkeys(("shadowllm", "svd", "planes"), "`bench/contextual.py`"),
     "cett": "`bench/activation.py`",
+    **dict.fromkeys(("lte", "prosparse", "qsparse"), "`bench/training.py`"),
     **dict.fromkeys((*TOKEN, "dejavu", "moefication"), "`bench/contextual.py`"),
 }
 
@@ -41,7 +42,14 @@ def filled(text: str) -> str:
 
 def figures(name: str) -> str:
     """What the committed results say of a method, each table with the command that made it."""
-    tables = [*_speed(name), *_prompt_level(name), *_pruning(name), *_contextual(name), *_streamed(name)]
+    tables = [
+        *_speed(name),
+        *_prompt_level(name),
+        *_pruning(name),
+        *_contextual(name),
+        *_trained(name),
+        *_streamed(name),
+    ]
     return "\n\n".join(tables) or f"None is committed yet. Measured by {SCRIPTS.get(name, '`bench/pruning.py`')}."
 
 
@@ -164,6 +172,26 @@ def _tasks(rows: dict) -> list[str]:
 
 def _decides(row: dict, name: str) -> bool:
     return any(name in (entry["method"], entry.get("allocation", "").partition("(")[0]) for entry in row["recipe"])
+
+
+def _trained(name: str) -> list[str]:
+    data = _read("training.json")
+    if data is None:
+        return []
+    rows = [row for row in data["rows"].values() if name in row["method"].replace("relu, what", "prosparse").split()]
+    if not rows:
+        return []
+    header = ["row", "asked", "neurons that ran", "bytes of the FFN", "perplexity", "over dense, 95 % interval"]
+    lines = []
+    for row in rows:
+        ratio, low, high = row["ratio_to_dense"]
+        cells = [row["method"], f"{row['sparsity']:.1f}", f"{row['active']:.3f}", f"{row['bytes']:.3f}"]
+        lines.append([*cells, f"{row['perplexity']:.2f} ± {row['error']:.2f}", f"{ratio:.2f}× [{low:.2f}, {high:.2f}]"])
+    title = (
+        f"`python bench/training.py`: stories260K, {data['tokens']:,} tokens that it told itself, 64 windows of 256 of "
+        f"real stories; {_on(data['machine'])}."
+    )
+    return [_table(title, header, lines)]
 
 
 def _streamed(name: str) -> list[str]:

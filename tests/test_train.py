@@ -65,24 +65,30 @@ class Words:
 
 
 def test_of_prompts_and_answers_only_the_answers_are_learnt(tmp_path):
-    rows = [{"q": f"ask {i}", "a": "yes" if i % 2 else "a long answer" * 9} for i in range(64)]
+    rows = [
+        {"q": f"ask {i % 32:02}", "a": "yes" if i < 32 else "no!" if i < 48 else "a long one" * 9} for i in range(64)
+    ]
     (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     text = lessons(f"file:{tmp_path}/x.jsonl#q,a", Words(), window=20)
-    assert text.protocol["too_long"] == 32
+    assert text.protocol["too_long"] == 16
     every = [*text.learn, *text.calibrate, *text.measure]
-    assert len(every) == 32 and len(text.calibrate) == len(text.measure) == 4
-    assert len({tuple(one["input_ids"].tolist()) for one in every}) == 32  # no two share one
+    assert len(every) == 48 and 6 <= len(text.calibrate) <= 7 and 6 <= len(text.measure) <= 7
+    prompts = [
+        {tuple(one["input_ids"].tolist()[:-4]) for one in part} for part in (text.learn, text.calibrate, text.measure)
+    ]
+    assert sum(map(len, prompts)) == len(set.union(*prompts))  # no two parts share one
     for one in every:
-        answer = Words()("yes\n", add_special_tokens=False)["input_ids"]
-        assert one["labels"].tolist() == [UNLEARNT] * (len(one["input_ids"]) - 4) + answer
+        answers = [Words()(text, add_special_tokens=False)["input_ids"] for text in ("yes\n", "no!\n")]
+        labels = one["labels"].tolist()
+        assert labels[:-4] == [UNLEARNT] * 8 and labels[-4:] in answers
     both = padded([every[0], {"input_ids": torch.tensor([5]), "labels": torch.tensor([5])}])
     assert both["attention_mask"].sum(1).tolist() == [len(every[0]["input_ids"]), 1]
     assert (both["labels"][1, 1:] == UNLEARNT).all()
 
 
 def test_too_little_text_is_said():
-    with pytest.raises(PumiceError, match="7 examples of 12 tokens are too few"):
-        lessons(ROWS[:7], None, window=12)
+    with pytest.raises(PumiceError, match="24 tokens are too few"):
+        lessons(ROWS[:2], None, window=12)
     with pytest.raises(PumiceError, match="tokenizer"):
         lessons("file:x.csv#a,b", None, window=12)
 

@@ -13,13 +13,13 @@ from pumice.calib.data import Windows, tokens
 from pumice.errors import PumiceError
 from pumice.eval.generation import examples
 
-HELD = 16  # examples that are kept back for calibration, and as many for the figures; an eighth where there are few
+HELD = 8192  # tokens that are kept back for calibration, and as many for the figures; an eighth where there are few
 UNLEARNT = -100  # transformers' label of a token that is no target
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """Examples {input_ids, labels} to learn, to calibrate on, and to measure on; no two of them share one."""
+    """Examples {input_ids, labels} to learn, to calibrate on, and to measure on; no two of them share a prompt."""
 
     learn: list[dict[str, Tensor]]
     calibrate: list[dict[str, Tensor]]
@@ -43,19 +43,28 @@ def lessons(data, tokenizer, *, window: int, seed: int = 0) -> Lessons:
     else:
         settings = {} if isinstance(data, (Windows, Tensor)) else {"window": window, "windows": None, "seed": seed}
         cut = tokens(data, tokenizer, **settings)
-        found, protocol = [{"input_ids": ids, "labels": ids} for ids in cut.ids], dict(cut.protocol)
+        found, protocol = [[{"input_ids": ids, "labels": ids}] for ids in cut.ids], dict(cut.protocol)
     random.Random(seed).shuffle(found)
-    held = min(HELD, len(found) // 8)
-    if not held:
-        raise PumiceError(f"{len(found)} examples of {window} tokens are too few to train on: give more text.")
-    return Lessons(found[2 * held :], found[:held], found[held : 2 * held], protocol)
+    total = sum(len(one["input_ids"]) for group in found for one in group)
+    held = min(HELD, total // 8)
+    parts: list[list[dict[str, Tensor]]] = [[], []]
+    for part in parts:
+        while found and sum(len(one["input_ids"]) for one in part) < held:
+            part += found.pop()
+    learn = [one for group in found for one in group]
+    random.Random(seed + 1).shuffle(learn)
+    if not learn:
+        raise PumiceError(f"{total} tokens are too few to train on: give more text, or ask for a smaller window.")
+    return Lessons(learn, *parts, protocol)
 
 
-def _pairs(where: str, tokenizer, window: int) -> tuple[list[dict[str, Tensor]], dict]:
+def _pairs(where: str, tokenizer, window: int) -> tuple[list[list[dict[str, Tensor]]], dict]:
+    """The examples of each prompt."""
     if tokenizer is None:
         raise PumiceError("prompts and answers need the model's tokenizer: pass `tokenizer=`.")
     found, long = [], 0
     for one in examples(where):
+        found.append([])
         prompt = tokenizer(f"{one.prompt}\n")["input_ids"]
         for reference in one.references:
             answer = tokenizer(f"{reference}\n", add_special_tokens=False)["input_ids"]
@@ -63,11 +72,12 @@ def _pairs(where: str, tokenizer, window: int) -> tuple[list[dict[str, Tensor]],
                 long += 1
                 continue
             labels = [UNLEARNT] * len(prompt) + answer
-            found.append({"input_ids": torch.tensor(prompt + answer), "labels": torch.tensor(labels)})
+            found[-1].append({"input_ids": torch.tensor(prompt + answer), "labels": torch.tensor(labels)})
+    found = [group for group in found if group]
     if not found:
         raise PumiceError(f"no example of {where} has {window} tokens or fewer: ask for a larger window.")
     protocol = {"source": Path(where.rpartition("#")[0]).name, "order": "random", "skip": 0, "window": window}
-    return found, protocol | {"windows": len(found), "too_long": long}
+    return found, protocol | {"windows": sum(map(len, found)), "too_long": long}
 
 
 def padded(batch: list[dict[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
