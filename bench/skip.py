@@ -1,12 +1,13 @@
 """Claim: at 7B shapes a token's live neurons alone are read, at three quarters of the memory's bandwidth or more.
 
-    python bench/skip.py              two shapes, two kinds, three products: about 2 minutes
+    python bench/skip.py              two shapes, two kinds, four products: about 3 minutes
 
 Expected before measuring, for one row of input: a product is bound by the bytes that remain, so against dense
 
     columns    1 / live                           a matrix of which only live columns are read (TEAL, `down`)
     neurons    3 / (1 + 2·live)                   the gate whole, then the live rows and columns (CATS)
     copies     3·bits / (3·live·bits + 2·4.5)     4-bit copies of two matrices, then the live neurons (lowbit)
+    route      3 / (3·live + 1/32 · 32/bits)      a router in fp32, then the experts of 32 that it names (LTE)
 
 Dense is torch's, and where that does not reach the memory's bandwidth a ratio can exceed the bound. Other processes
 disturb ratios: all run in turn, and medians are taken. `share_of_bandwidth` is the rate at which the bytes that remain
@@ -32,6 +33,7 @@ from pumice.store import Store
 RESULTS = Path(__file__).parent / "results" / "skip.json"
 SHAPES = [(576, 1536), (4096, 11008)]  # d, neurons
 SPARSITIES = (0.5, 0.7, 0.9)
+EXPERT = 32  # neurons
 SPREAD = 128 << 20  # bytes over which the copies of an FFN lie, so that no cache holds them
 READ = 512 << 20  # bytes of the array whose sum is the bandwidth
 SECONDS = 2.0  # of timing for each set of products
@@ -41,13 +43,17 @@ def dense_ffn(x, gate, up, down):
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
+def routed(x, router: torch.Tensor, tau: float, skip: SkipNeurons):
+    return skip(x, (F.linear(x.float(), router) > tau).repeat_interleave(EXPERT, dim=-1))
+
+
 def cut(scores: torch.Tensor, sparsity: float) -> float:
     return scores.float().abs().flatten().kthvalue(round(scores.numel() * sparsity)).values.item()
 
 
 def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[str, list]:
     """The same work in every way, on as many copies as leave the caches."""
-    found: dict[str, list] = {name: [] for name in ("dense", "neurons", "copies", "dense_down", "columns")}
+    found: dict[str, list] = {name: [] for name in ("dense", "neurons", "copies", "route", "dense_down", "columns")}
     x, a = torch.randn(1, d).to(dtype), torch.randn(1, units).to(dtype)
     for _ in range(max(2, SPREAD // (3 * d * units * dtype.itemsize))):
         gate, up = ((torch.randn(units, d) * d**-0.5).to(dtype) for _ in range(2))
@@ -59,6 +65,9 @@ def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[st
         found["dense"].append(partial(dense_ffn, x, gate, up, down))
         found["neurons"].append(partial(build(tau=cut(open_gate, sparsity)), x))
         found["copies"].append(partial(build(tau=cut(given, sparsity), near=near), x))
+        router = torch.randn(units // EXPERT, d)
+        tau = F.linear(x.float(), router).kthvalue(round(units // EXPERT * sparsity)).values.item()
+        found["route"].append(partial(routed, x, router, tau, build(tau=0.0)))
         found["dense_down"].append(partial(F.linear, a, down))
         found["columns"].append(partial(SkipColumns(columns, None, cut(a, sparsity)), a))
     return found
@@ -81,6 +90,7 @@ def measure(d: int, units: int, dtype: torch.dtype, sparsity: float) -> list[dic
     matrix, live = d * units * dtype.itemsize, 1 - sparsity
     copies = 2 * Store.rounded(torch.zeros(8, d), "int4").bytes / 8 * units
     left = {"neurons": matrix * (1 + 2 * live), "copies": 3 * live * matrix + copies, "columns": live * matrix}
+    left["route"] = 3 * live * matrix + 4 * d * units / EXPERT
     rows = []
     for name, bytes_left in left.items():
         dense, whole = ("dense_down", matrix) if name == "columns" else ("dense", 3 * matrix)
