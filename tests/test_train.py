@@ -18,6 +18,8 @@ from pumice.arch.order import reorder
 from pumice.errors import PumiceError
 from pumice.forms import TopK
 from pumice.methods.prompt.griffin import Griffin
+from pumice.methods.static.sparsegpt import SparseGPT
+from pumice.methods.static.wanda import Wanda
 from pumice.methods.token.cats import Cats
 from pumice.plan import Plan
 from pumice.train import trainer as training
@@ -298,6 +300,21 @@ def test_a_method_that_selects_runs_in_training(method, tmp_path):
     assert any(not torch.equal(p, start[name]) for name, p in model.named_parameters())
 
 
+@pytest.mark.parametrize("method", [Wanda(sparsity=0.5), SparseGPT(sparsity=0.5)], ids=lambda m: m.name)
+@pytest.mark.parametrize("lora", [0, 2])
+def test_what_was_pruned_stays_zero_and_the_folder_loads(method, lora, tmp_path):
+    found = learnt(tiny("llama"), method, tmp_path / "out", lora=lora)
+    plan = Plan.load(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    sites = detect(model).sites
+    for name, mask in plan.weights.items():
+        assert not sites[name].matrix()[~mask.keep].any() and sites[name].matrix()[mask.keep].all()
+    pumice.attach(model, plan)  # it fits
+    text = lessons(ROWS, None, window=12)
+    assert scored(model, text.measure).losses == pytest.approx(found.dense.losses, rel=1e-5)
+    assert found.plan.sparsity() == 0.5 and found.sparse is None
+
+
 def test_plain_fine_tuning_is_an_ordinary_folder(tmp_path):
     found = learnt(tiny("llama"), None, tmp_path / "out")
     assert found.plan is None and not (tmp_path / "out/pumice.json").exists()
@@ -424,7 +441,7 @@ def test_the_command_trains_prints_and_saves(folder):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--method", "wanda", "--window", "32"], "wanda changes weights: fine-tune what `pumice sparsify` made of it"),
+        (["--method", "width", "--window", "32"], "width makes a smaller model: `pumice sparsify` writes it"),
         (["--method", "cats+teal"], "one method at a time"),
         (["--method", "lte", "--sparsty", "0.5"], "Did you mean '--sparsity'"),
         (["--data", "file:/no/such"], "cannot read /no/such"),

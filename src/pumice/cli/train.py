@@ -36,7 +36,8 @@ def show(found, model: str, out: str, as_json: bool) -> None:
 
     from pumice.eval.perplexity import paired_ratio
 
-    rows = {"before training": found.before, "trained, dense": found.dense, "trained, sparse": found.sparse}
+    trained = "trained" if found.sparse is None else "trained, dense"
+    rows = {"before training": found.before, trained: found.dense, "trained, sparse": found.sparse}
     rows = {name: row for name, row in rows.items() if row is not None}
     ratios = {name: paired_ratio(row, found.before) for name, row in rows.items() if row is not found.before}
     if as_json:
@@ -51,10 +52,12 @@ def show(found, model: str, out: str, as_json: bool) -> None:
         table.add_row(name, f"{row.perplexity:.2f} ± {row.standard_error:.2f}", ratio)
     sheet.print(table)
     note.print(f"on {found.before.protocol['examples']} examples that were neither learnt nor calibrated on")
-    if found.plan is not None:
+    if found.active is not None:
         page.print(
             f"Achieved sparsity {found.plan.sparsity():.4f} on the calibration text; on the held-out text "
             f"{1 - found.active:.4f}."
         )
+    elif found.plan is not None:
+        page.print(f"Achieved sparsity {found.plan.sparsity():.4f}: every zero has stayed zero.")
     page.print(f"{found.tokens:,} tokens were learnt. Saved in {out}.")
     page.print(f"Next: pumice bench {out}    pumice eval {out}    pumice generate {out}")

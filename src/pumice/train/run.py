@@ -62,10 +62,10 @@ class Settings:
 class Trained:
     """What came of it: on text that was neither learnt nor calibrated on."""
 
-    plan: Plan | None  # None: plain fine-tuning
+    plan: Plan | None
     before: Perplexity
     dense: Perplexity  # of the trained weights without the plan
-    sparse: Perplexity | None
+    sparse: Perplexity | None  # None: what is sparse are the weights themselves
     active: float | None  # share of units that ran on that text
     tokens: int  # that were learnt
 
@@ -115,7 +115,9 @@ def train(
     if method is not None:
         batches = [padded(part) for part in _parts(text.calibrate, settings.batch)]
         ready = method.finish(model, arch, stages, batches)
-        plan = sparsify(model, ready, windows_of(text.calibrate, text.protocol), resume=False, check=False)
+        plan = ready
+        if not isinstance(ready, Plan):
+            plan = sparsify(model, ready, windows_of(text.calibrate, text.protocol), resume=False, check=False)
         made = said | {"training": vars(settings)}
         plan = replace(plan, recipe=[made], base={**plan.base, "name": str(out), "trained_from": base})
     found = measured(model, plan, before, text, steps * examples)
@@ -164,7 +166,13 @@ class Work:
             use_cpu=next(model.parameters()).device.type == "cpu", dataloader_pin_memory=False,
         )  # fmt: skip
         trainer = StageTrainer(
-            stage=stage, arch=arch, model=whole, args=arguments, train_dataset=text.learn, data_collator=padded
+            stage=stage,
+            arch=arch,
+            model=whole,
+            args=arguments,
+            train_dataset=text.learn,
+            data_collator=padded,
+            callbacks=list(stage.callbacks),
         )
         last = get_last_checkpoint(str(folder)) if folder.exists() else None
         with stage.on(model, arch):
@@ -219,8 +227,8 @@ def scored(model: nn.Module, rows: list[dict[str, Tensor]], batch: int = 4) -> P
 def measured(model: nn.Module, plan: Plan | None, before: Perplexity, text: Lessons, examples: int) -> Trained:
     tokens = round(text.tokens / len(text.learn) * examples)
     dense = scored(model, text.measure)
-    if plan is None:
-        return Trained(None, before, dense, None, None, tokens)
+    if plan is None or not plan.select:
+        return Trained(plan, before, dense, None, None, tokens)
     twin = attach(model, plan, exec="reference", check=False)
     twin.pumice.counting = True
     border = text.measure[0]["input_ids"].shape[0] // 2 if plan.per_prompt else None
@@ -234,7 +242,7 @@ def figures(found: Trained) -> dict:
     return {
         "perplexity_before": found.before.perplexity,
         "perplexity_dense": found.dense.perplexity,
-        "perplexity_sparse": found.sparse.perplexity,
+        "perplexity_sparse": (found.sparse or found.dense).perplexity,
         "active_on_held_out": found.active,
         "tokens": found.tokens,
     }

@@ -20,6 +20,7 @@ class Stage:
     name: str = "training"
     share: float = 1.0  # of the steps
     progress: float = 0.0  # of the stage's own steps
+    callbacks: tuple = ()  # of transformers
     valid: Tensor | None = field(default=None, repr=False)  # bool [B, T], of the running batch; None: all are text
 
     @contextmanager
