@@ -109,7 +109,7 @@ def train(
     model: Model,
     out: Annotated[str, typer.Option(help="the folder to write")],
     method: Annotated[
-        str | None, typer.Option(help="lte, prosparse, qsparse; one that selects; none: plain fine-tuning")
+        str | None, typer.Option(help="lte, prosparse, qsparse; one to train under; none: plain fine-tuning")
     ] = None,
     data: Annotated[
         str, typer.Option(help="text as elsewhere, or file:PATH#PROMPT,ANSWER (.csv, .jsonl): answers are learnt")
