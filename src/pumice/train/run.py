@@ -84,10 +84,10 @@ def train(
 ) -> Trained:
     """Train `model` in place and write it to `out`, an ordinary folder with its plan.
 
-    `method`: one that trains (`lte`, `prosparse`, `qsparse`); one of `sparsify`, whose
-    choices or zeros then hold in training (`cats`, `wanda`); or None for plain fine-tuning. `data`: a source, texts, token ids, or
-    `file:PATH#prompt,answer`. A run that was killed goes on from its last checkpoint, in a hidden folder
-    beside `out` that goes when all is written.
+    `method`: one that trains (`lte`, `prosparse`, `qsparse`); one of `sparsify`, whose choices or zeros then hold in
+    training (`cats`, `wanda`); or None for plain fine-tuning. `data`: a source, texts, token ids, or
+    `file:PATH#prompt,answer`. A run that was killed goes on from its last checkpoint, in a hidden folder beside `out`
+    that goes when all is written.
     """
     settings = settings or Settings()
     said = None if method is None else recipe.describe(method)
