@@ -161,6 +161,8 @@ def fill(options: argparse.Namespace, data: dict, path: Path) -> None:
     halves = [{"input_ids": ids, "labels": torch.where(torch.arange(WINDOW) < WINDOW // 2, -100, ids)}
               for ids in test.ids]  # fmt: skip
     text = told(base, (options.steps * BATCH + 64) * WINDOW // 512, seed=1).reshape(-1, WINDOW)
+    if data.get("tokens", options.steps * BATCH * WINDOW) != options.steps * BATCH * WINDOW:
+        raise SystemExit(f"{path} holds rows of {data['tokens']} tokens: remove it, or give --steps as then.")
     data |= {"machine": machine(), "tokens": options.steps * BATCH * WINDOW}
     data["dense"] = [round(loss, 6) for loss in scored(base, rows).losses]
     data["dense halves"] = [round(loss, 6) for loss in scored(base, halves).losses]

@@ -15,6 +15,7 @@ import pumice
 from pumice.arch.activate import activate
 from pumice.arch.detect import detect
 from pumice.arch.order import reorder
+from pumice.calib.data import Windows
 from pumice.errors import PumiceError
 from pumice.forms import TopK
 from pumice.methods.prompt.griffin import Griffin
@@ -27,7 +28,7 @@ from pumice.train.methods.lte import LTE, ROUTERS, Routed, key
 from pumice.train.methods.prosparse import Penalised, ProSparse
 from pumice.train.methods.qsparse import Largest, QSparse
 from pumice.train.run import Settings, scored, train
-from pumice.train.text import UNLEARNT, lessons, padded, windows_of
+from pumice.train.text import UNLEARNT, borders, lessons, padded, windows_of
 from test_cli import pumice as command
 from test_cli import write_tokenizer
 from test_token import steps as decoded
@@ -188,7 +189,7 @@ def test_with_every_expert_on_stage_two_is_dense(family):
 
 
 def test_eta_and_the_threshold_are_steered_to_the_budget():
-    soft = Routed(routers=torch.nn.ModuleDict(), sparsity=0.5, size=4)
+    soft = Routed(method=lte(), routers=torch.nn.ModuleDict())
     soft.stepped({"active": 0.9, "half": 0.9})
     assert soft.eta > 1
     for _ in range(2):
@@ -196,7 +197,7 @@ def test_eta_and_the_threshold_are_steered_to_the_budget():
     assert soft.eta < 1
     z = 2 * torch.randn(10_000, generator=torch.Generator().manual_seed(0)) + 0.7
     for sparsity in (0.1, 0.3, 0.5, 0.8):
-        hard = Routed(routers=torch.nn.ModuleDict(), sparsity=sparsity, size=4, hard=True)
+        hard = Routed(method=lte(sparsity=sparsity), routers=torch.nn.ModuleDict(), hard=True)
         for _ in range(100):
             hard.stepped({"active": (z > hard.logit).float().mean().item()})
         assert (z <= hard.logit).float().mean() == pytest.approx(sparsity, abs=1e-3)
@@ -327,9 +328,10 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("method", [lte(), lte(distill=0.5), ProSparse()], ids=["lte", "distilled", "prosparse"])
 @pytest.mark.parametrize("after", [3, 6])
-def test_killed_and_gone_on_is_as_if_nothing_had_been(method, after, tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["llama"])
+def test_killed_and_gone_on_is_as_if_nothing_had_been(method, after, family, tmp_path, monkeypatch):
     settings = {"steps": 8, "save_every": 2}
-    whole = learnt(tiny("llama"), method, tmp_path / "whole", **settings)
+    whole = learnt(tiny(family), method, tmp_path / "whole", **settings)
     count, real = [], training.Steering.on_step_end
 
     def dies(self, *args, **kwargs):
@@ -340,11 +342,80 @@ def test_killed_and_gone_on_is_as_if_nothing_had_been(method, after, tmp_path, m
 
     monkeypatch.setattr(training.Steering, "on_step_end", dies)
     with pytest.raises(Killed):
-        learnt(tiny("llama"), method, tmp_path / "out", **settings)
+        learnt(tiny(family), method, tmp_path / "out", **settings)
     monkeypatch.setattr(training.Steering, "on_step_end", real)
     assert not (tmp_path / "out").exists()
-    again = learnt(tiny("llama"), method, tmp_path / "out", **settings)
-    assert again.sparse.losses == whole.sparse.losses and again.plan.sparsity() == whole.plan.sparsity()
+    stage = max((tmp_path / ".out.train").glob("stage-*"))
+    (stage / "checkpoint-99").mkdir(parents=True)  # half-written, as by a kill
+    again = learnt(tiny(family), method, tmp_path / "out", **settings)
+    assert again.dense.losses == whole.dense.losses
+    if method is not None:
+        assert again.sparse.losses == whole.sparse.losses and again.plan.sparsity() == whole.plan.sparsity()
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "gpt2"])
+def test_fused_experts_and_transposed_matrices_go_on_too(family, tmp_path, monkeypatch):
+    test_killed_and_gone_on_is_as_if_nothing_had_been(None, 7, family, tmp_path, monkeypatch)
+
+
+def test_accumulated_batches_weigh_the_terms_as_one_batch_does(tmp_path):
+    one = learnt(tiny("llama"), ProSparse(), tmp_path / "one", batch=4, steps=4)
+    two = learnt(tiny("llama"), ProSparse(), tmp_path / "two", batch=2, accumulate=2, steps=4)
+    assert two.dense.losses == pytest.approx(one.dense.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("method", [lte(), ProSparse(), QSparse(), None], ids=["lte", "prosparse", "qsparse", "plain"])
+def test_forwards_in_bf16_leave_nothing_on_the_model(method, tmp_path):
+    model = tiny("llama")
+    found = learnt(model, method, tmp_path / "out", bf16=True)
+    assert "forward" not in vars(model) and model.config.use_cache and model.dtype == torch.float32
+    assert math.isfinite(found.dense.perplexity) and not hasattr(model, ROUTERS)
+
+
+def test_where_is_where_it_is_trained(tmp_path):
+    found = learnt(tiny("llama"), lte(where="*.layers.1.*"), tmp_path / "lte")
+    assert list(found.plan.select) == ["model.layers.1.mlp"]
+    found = learnt(tiny("llama"), QSparse(where="*.layers.0.mlp*"), tmp_path / "q")
+    assert len(found.plan.select) == 3
+    found = learnt(tiny("qwen3_moe"), lte(), tmp_path / "moe")
+    assert list(found.plan.select) == ["model.layers.0.mlp"]
+    assert any("was not trained" in said for said in found.plan.measurements["notes"])
+    for wrong in (ProSparse(where="*.0.*"), ProSparse()):
+        with pytest.raises(PumiceError, match="without fused experts"):
+            learnt(tiny("qwen3_moe"), wrong, tmp_path / "p")
+
+
+def test_after_an_error_the_model_is_in_order(tmp_path):
+    model = tiny("llama").train()
+    model.model.layers[0].mlp.down_proj.weight.data.mul_(1e30)
+    model.model.layers[0].input_layernorm.weight.data.mul_(1e30)
+    with pytest.raises(PumiceError):
+        learnt(model, lte(start="random"), tmp_path / "out")
+    assert model.training and not hasattr(model, ROUTERS)
+    with pytest.raises(PumiceError, match="leave out --lora"):
+        learnt(tiny("llama"), Cats(), tmp_path / "out", lora=2)
+
+
+def test_a_prompt_ends_where_its_answer_begins_or_at_the_middle(tmp_path):
+    rows = [{"input_ids": ROWS[0], "labels": ROWS[0]}, {"input_ids": ROWS[1], "labels": ROWS[1].clone()}]
+    rows[1]["labels"][:5] = UNLEARNT
+    assert borders(rows).tolist() == [6, 5]
+    model = tiny("llama")
+    plan = pumice.sparsify(model, Griffin(sparsity=0.8), resume=False)
+    twin = pumice.attach(model, plan, exec="reference")
+    found = scored(twin, rows, prompts=True)
+    for row, border, loss in zip(rows, (6, 5), found.losses, strict=True):
+        with torch.no_grad(), twin.pumice.phase(border):
+            logits = twin(row["input_ids"][None]).logits[0]
+        expected = torch.nn.functional.cross_entropy(logits[border - 1 : -1], row["input_ids"][border:])
+        assert loss == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_windows_keep_what_is_text_in_them():
+    valid = torch.ones_like(ROWS, dtype=torch.bool)
+    valid[:, 8:] = False
+    text = lessons(Windows(ROWS, valid, {"source": "x"}), None, window=12)
+    assert {len(one["input_ids"]) for one in text.learn} == {8}
 
 
 def test_other_settings_begin_anew(tmp_path, monkeypatch):
@@ -394,6 +465,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_place(tmp_path):
         (lambda: LTE(sparsity=1.2), "fraction removed"),
         (lambda: ProSparse(rises=0), "rises 1 or more"),
         (lambda: QSparse(block=-1), "number of channels"),
+        (lambda: learnt(tiny("llama"), QSparse(block=4, sparsity=0.2), "never"), "of 4 channels is none"),
         (lambda: Settings(lr=0.0), "lr is above 0"),
         (lambda: Settings(batch=0), "batch is 1 or more"),
         (lambda: learnt(tiny("mixtral"), lte(), "never"), "modules of their own"),

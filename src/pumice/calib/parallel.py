@@ -17,11 +17,16 @@ from torch import distributed as dist
 from pumice.errors import PumiceError
 
 
+def place() -> None:
+    """Make this process's own GPU the one that `cuda` means."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 def start() -> None:
     """Join the ranks of `torchrun`, if it started this process. NCCL for what lies on CUDA, else gloo."""
     if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        place()
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         dist.barrier()  # one that ends at once, by an error, would break the others' connecting
 

@@ -115,8 +115,15 @@ def is_plain(plan) -> bool:
     return plan is not None and bool(plan.base.get("slimmed")) and not plan.select
 
 
+def is_trained(plan) -> bool:
+    """Whether a folder with this plan holds weights that were trained for it, whole: where others may start from."""
+    return plan is not None and bool(plan.base.get("trained_from")) and not plan.changes_weights
+
+
 def refuse_sparse(model: str, plan) -> None:
-    if plan is not None and not is_plain(plan):
+    if is_trained(plan):
+        note.print(f"{model} was trained for {recipe_name(plan)}: its weights are taken, without its plan")
+    elif plan is not None and not is_plain(plan):
         base = plan.base.get("name")
         raise PumiceError(f"{model} is sparse already ({recipe_name(plan)}). Start from its base, {base}.")
 

@@ -121,7 +121,7 @@ def train(
     accumulate: Annotated[int, typer.Option(min=1, help="forwards of a step")] = 1,
     lr: Annotated[float, typer.Option(help="learning rate, at its highest")] = 5e-5,
     lora: Annotated[int, typer.Option(min=0, help="rank of LoRA adapters; 0: all weights are trained")] = 0,
-    bf16: Annotated[bool, typer.Option("--bf16", help="forwards in bf16")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="forwards in bf16; weights stay fp32")] = False,
     save_every: Annotated[int, typer.Option(min=0, help="steps between checkpoints; 0: ten in a stage")] = 0,
     report_to: Annotated[str, typer.Option(help="where transformers logs to: tensorboard, wandb, …")] = "none",
     seed: Seed = 0,

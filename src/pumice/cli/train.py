@@ -11,6 +11,7 @@ from pumice.errors import PumiceError
 
 def train(model: str, methods: list[Any], data: str, out: str, *, window: int, settings: dict, dtype, device,
           resume: bool, as_json: bool) -> None:  # fmt: skip
+    from pumice.calib import parallel
     from pumice.calib.sources import check
     from pumice.hub.folder import check_target
     from pumice.train.run import Settings, train
@@ -22,7 +23,8 @@ def train(model: str, methods: list[Any], data: str, out: str, *, window: int, s
     if "," not in data.partition("#")[2]:
         check(data)
     quiet_libraries()
-    loaded, before = open_model(model, dtype, device)
+    parallel.place()
+    loaded, before = open_model(model, dtype or "fp32", device)
     refuse_sparse(model, before)
     refuse_packed(loaded)
     check_length(loaded, window, "--window")
@@ -52,6 +54,8 @@ def show(found, model: str, out: str, as_json: bool) -> None:
         table.add_row(name, f"{row.perplexity:.2f} ± {row.standard_error:.2f}", ratio)
     sheet.print(table)
     note.print(f"on {found.before.protocol['examples']} examples that were neither learnt nor calibrated on")
+    if found.too_long:
+        note.print(f"{found.too_long} examples were longer than --window and left out")
     if found.active is not None:
         page.print(
             f"Achieved sparsity {found.plan.sparsity():.4f} on the calibration text; on the held-out text "

@@ -8,7 +8,7 @@ from typing import Any
 
 from pumice import recipe
 from pumice.cli import given, ranks
-from pumice.cli.given import check_exec, check_length, is_plain, open_model, quiet_libraries, refuse_sparse
+from pumice.cli.given import check_exec, check_length, is_plain, is_trained, open_model, quiet_libraries, refuse_sparse
 from pumice.cli.say import emit, note, page, plain, print_nets, print_notes, print_rows, recipe_name, sparse_part
 from pumice.errors import PumiceError
 
@@ -183,7 +183,7 @@ def bench(
     check_exec(execution)
     check(text["data"])
     loaded, plan = open_model(model, dtype, device)
-    if is_plain(plan) and methods is not None:
+    if methods is not None and (is_plain(plan) or is_trained(plan)):
         plan = None
     elif is_plain(plan):  # dense is the model that it was made from
         loaded, _ = open_model(plan.base["name"], dtype, device)

@@ -24,15 +24,28 @@ DRAWS = 10_000
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Scores of every document. `learnt[i]` [models, documents] on task i: by the model after it and each that follows.
+class Task:
+    """Mean scores of one task by several models, [models], and what they are in every draw of documents, [models,
+    draws]."""
 
-    `general[name]` [1 + tasks, documents]: by the model before any training and after each task.
-    """
+    means: Tensor
+    drawn: Tensor
+
+    @classmethod
+    def of(cls, scores: Tensor) -> Task:
+        """Scores [models, documents]."""
+        generator = torch.Generator().manual_seed(0)
+        picks = torch.randint(scores.shape[1], (DRAWS, scores.shape[1]), generator=generator)
+        return cls(scores.mean(1), torch.stack([row[picks].mean(1) for row in scores]))
+
+
+@dataclass(frozen=True)
+class Lessons:
+    """`learnt[i]`: task i by the model after it and each that follows; `general`: before any training, after each."""
 
     tasks: tuple[str, ...]
-    learnt: tuple[Tensor, ...]
-    general: dict[str, Tensor]
+    learnt: tuple[Task, ...]
+    general: dict[str, Task]
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,9 @@ def read(path: str | Path) -> Lessons:
     return Lessons(tasks, learnt, {name: _table(name, rows, len(tasks) + 1) for name, rows in general.items()})
 
 
-def _table(name: str, rows: list, models: int) -> Tensor:
+def _table(name: str, rows: list, models: int) -> Task:
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        raise PumiceError(f"{name} needs {models} lists of scores, one for each model.")
     sizes = {len(row) for row in rows}
     if len(rows) != models or len(sizes) != 1 or not sizes.pop():
         raise PumiceError(
@@ -74,36 +89,33 @@ def _table(name: str, rows: list, models: int) -> Tensor:
     table = torch.tensor(rows, dtype=torch.float64)
     if not bool(table.isfinite().all()):
         raise PumiceError(f"{name}: a score is NaN or infinite.")
-    return table
+    return Task.of(table)
 
 
 def performance(lessons: Lessons, t: int) -> Figure:
     """OP after task t, from 0."""
-    return _figure(lambda means: sum(means[i][t - i] for i in range(t + 1)) / (t + 1), lessons.learnt)
+    return _figure(lambda means: sum(means[i][t - i] for i in range(t + 1)) / (t + 1), lessons.learnt[: t + 1])
 
 
 def backward(lessons: Lessons, t: int) -> Figure:
     """BWT after task t, from 0; of the first task it is 0."""
-    return _figure(lambda means: sum(means[i][t - i] - means[i][0] for i in range(t + 1)) / (t + 1), lessons.learnt)
+    return _figure(
+        lambda means: sum(means[i][t - i] - means[i][0] for i in range(t + 1)) / (t + 1), lessons.learnt[: t + 1]
+    )
 
 
 def general(lessons: Lessons, t: int) -> Figure | None:
     """ΔG after task t, from 0; None without general tasks."""
     if not lessons.general:
         return None
-    tables = tuple(lessons.general.values())
-    return _figure(lambda means: sum(mean[t + 1] - mean[0] for mean in means) / len(means), tables)
+    tasks = tuple(lessons.general.values())
+    return _figure(lambda means: sum(mean[t + 1] - mean[0] for mean in means) / len(means), tasks)
 
 
-def _figure(of: Callable[[list[Tensor]], Tensor], tables: tuple[Tensor, ...]) -> Figure:
-    """What `of` makes of the mean scores [models] of each task, and its interval."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = []
-    for table in tables:
-        picks = torch.randint(table.shape[1], (DRAWS, table.shape[1]), generator=generator)
-        drawn.append(torch.stack([row[picks].mean(1) for row in table]))  # [models, draws]
-    low, high = of(drawn).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Figure(of([table.mean(1) for table in tables]).item(), low, high)
+def _figure(of: Callable[[list[Tensor]], Tensor], tasks: tuple[Task, ...]) -> Figure:
+    """What `of` makes of the mean scores of each task, and its interval."""
+    low, high = of([task.drawn for task in tasks]).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Figure(of([task.means for task in tasks]).item(), low, high)
 
 
 def table(lessons: Lessons) -> str:
@@ -111,7 +123,7 @@ def table(lessons: Lessons) -> str:
     header = ["after", *lessons.tasks, "OP", "BWT", *(["ΔG"] if lessons.general else [])]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for t, name in enumerate(lessons.tasks):
-        row = [f"{lessons.learnt[i][t - i].mean().item():.2f}" if i <= t else "" for i in range(len(lessons.tasks))]
+        row = [f"{lessons.learnt[i].means[t - i].item():.2f}" if i <= t else "" for i in range(len(lessons.tasks))]
         figures = [performance(lessons, t), backward(lessons, t), general(lessons, t)]
         lines.append(f"| {' | '.join([name, *row, *(str(one) for one in figures if one is not None)])} |")
     return "\n".join(lines)

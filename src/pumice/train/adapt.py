@@ -18,6 +18,7 @@ from pumice.plan import Plan, fingerprint_model
 from pumice.runtime.attach import write_masks
 from pumice.train.keep import KeepMask
 from pumice.train.stage import Stage
+from pumice.train.text import borders
 
 
 @dataclass(kw_only=True, eq=False)
@@ -56,7 +57,7 @@ class Adapt:
 
 @dataclass(kw_only=True, eq=False)
 class Selecting(Stage):
-    """Every token runs as the plan has it; where a prompt chooses, the first half of each example is the prompt."""
+    """Every token runs as the plan has it; a prompt ends where its answer begins, or at the middle."""
 
     plan: Plan
 
@@ -68,4 +69,6 @@ class Selecting(Stage):
 
     def before(self, inputs: dict[str, Tensor]) -> None:
         if self.plan.per_prompt:
-            self.runtime.border = inputs["input_ids"].shape[1] // 2
+            sizes = inputs["attention_mask"].sum(1).tolist()
+            rows = [{"labels": labels[:size]} for labels, size in zip(inputs["labels"], sizes, strict=True)]
+            self.runtime.border = borders(rows).to(inputs["input_ids"].device)

@@ -5,29 +5,30 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import TrainingArguments, set_seed
 
 from pumice import __version__, recipe
 from pumice.api import attach, sparsify
-from pumice.arch.detect import detect
+from pumice.arch.detect import Arch, detect
 from pumice.calib import parallel
 from pumice.errors import PumiceError
 from pumice.eval.perplexity import Perplexity, combine
 from pumice.hub.folder import check_target, replacing, same_permissions, told
 from pumice.hub.save import save
 from pumice.plan import Plan, fingerprint_model
-from pumice.train.adapt import Adapt
+from pumice.train.adapt import Adapt, Selecting
+from pumice.train.methods.lte import ROUTERS
 from pumice.train.stage import Stage
-from pumice.train.text import Lessons, lessons, padded, windows_of
+from pumice.train.text import UNLEARNT, Lessons, borders, lessons, padded, windows_of
 from pumice.train.trainer import StageTrainer
 
 
@@ -44,7 +45,7 @@ class Settings:
     schedule: str = "cosine"
     weight_decay: float = 0.0
     lora: int = 0  # rank of adapters on every linear layer; 0: all weights are trained
-    bf16: bool = False
+    bf16: bool = False  # forwards under autocast
     save_every: int = 0  # steps; 0: ten times a stage
     report_to: str = "none"
     seed: int = 0
@@ -64,10 +65,11 @@ class Trained:
 
     plan: Plan | None
     before: Perplexity
-    dense: Perplexity  # of the trained weights without the plan
+    dense: Perplexity  # of the trained weights without what the plan selects
     sparse: Perplexity | None  # None: what is sparse are the weights themselves
     active: float | None  # share of units that ran on that text
     tokens: int  # that were learnt
+    too_long: int  # examples that were left out
 
 
 def train(
@@ -89,55 +91,87 @@ def train(
     `file:PATH#prompt,answer`. A run that was killed goes on from its last checkpoint, in a hidden folder beside `out`
     that goes when all is written.
     """
-    settings = settings or Settings()
+    settings, out = settings or Settings(), check_target(out)
     said = None if method is None else recipe.describe(method)
-    if method is not None and not hasattr(method, "begin"):
-        method = Adapt(method=method)
-    out = check_target(out)
     text = lessons(data, tokenizer, window=window, seed=settings.seed)
-    base = name or getattr(model, "name_or_path", "") or type(model).__name__
+    base = {"name": str(out), "trained_from": name or getattr(model, "name_or_path", "") or type(model).__name__}
     stamp = _stamp(model, said, text, settings)
-    before = scored(model, text.measure)
-    dense = deepcopy(model).eval().requires_grad_(False) if getattr(method, "distill", 0) else None
-    arch = detect(model)
-    if method is not None:  # by every process for itself: what learns from samples is not shared among them
-        arch = method.begin(model, arch, windows_of(text.calibrate, text.protocol))
-    stages = method.stages(model, dense) if method is not None else [Stage()]
-    with parallel.joined() as first:
-        examples = settings.batch * settings.accumulate * parallel.world()  # of a step
-        steps = settings.steps or max(1, round(settings.epochs * len(text.learn) / examples))
-        work = Work(out, stamp, settings, resume)
-        with adapted(model, settings.lora) as whole:
-            for number, stage in enumerate(stages):
-                work.run(number, stage, whole, model, arch, text, max(1, round(steps * stage.share)))
-    model.eval()
-    plan = None
-    if method is not None:
-        batches = [padded(part) for part in _parts(text.calibrate, settings.batch)]
-        ready = method.finish(model, arch, stages, batches)
-        plan = ready
-        if not isinstance(ready, Plan):
-            plan = sparsify(model, ready, windows_of(text.calibrate, text.protocol), resume=False, check=False)
-        made = said | {"training": vars(settings)}
-        plan = replace(plan, recipe=[made], base={**plan.base, "name": str(out), "trained_from": base})
-    found = measured(model, plan, before, text, steps * examples)
-    if first and plan is None:
-        write_plain(model, tokenizer, out)
-    elif first:
-        save(model, tokenizer, replace(plan, measurements=figures(found)), out)
-    work.remove(first)
+    parallel.place()
+    with whole_or_unchanged(model):
+        fit = Fit(model, method, text, settings)
+        with parallel.joined() as first:
+            work = Work(out, stamp, settings, resume)
+            fit.run(work)
+        plan = fit.plan()
+        if plan is not None:
+            plan = replace(plan, recipe=[said | {"training": vars(settings)}], base={**plan.base, **base})
+        found = fit.measured(plan)
+    if first:
+        write(model, tokenizer, found, out)
+        work.remove()
     return found
+
+
+class Fit:
+    """A method's work on one model: what it changes first, its stages, and the plan for what came of them."""
+
+    def __init__(self, model: nn.Module, method: Any, text: Lessons, settings: Settings) -> None:
+        self.model, self.text, self.settings = model, text, settings
+        self.method = method if method is None or hasattr(method, "begin") else Adapt(method=method)
+        self.before = scored(model, text.measure)
+        dense = deepcopy(model).eval().requires_grad_(False) if getattr(method, "distill", 0) else None
+        self.arch, self.stages, self.examples = detect(model), [Stage()], 0
+        if self.method is None:
+            return
+        # by every process for itself: what learns from samples is not shared among them
+        self.arch = self.method.begin(model, self.arch, windows_of(text.calibrate, text.protocol))
+        self.stages = self.method.stages(model, dense)
+        selecting = next((stage for stage in self.stages if isinstance(stage, Selecting)), None)
+        if selecting is not None and settings.lora:
+            raise PumiceError(f"adapters cannot be trained under {method.name}: leave out --lora.")
+        if selecting is not None and selecting.plan.per_prompt:
+            self.before = scored(model, text.measure, prompts=True)
+
+    def run(self, work: Work) -> None:
+        """Every stage, and the adapters merged."""
+        of_a_step = self.settings.batch * self.settings.accumulate * parallel.world()
+        steps = self.settings.steps or max(1, round(self.settings.epochs * len(self.text.learn) / of_a_step))
+        self.examples = steps * of_a_step
+        with adapted(self.model, self.arch, self.settings) as whole:
+            for number, stage in enumerate(self.stages):
+                trainer = work.trainer(number, stage, whole, self, max(1, round(steps * stage.share)))
+                with stage.on(self.model, self.arch):
+                    trainer.go(newest(Path(trainer.args.output_dir)))
+
+    def plan(self) -> Plan | None:
+        self.model.eval()
+        if self.method is None:
+            return None
+        rows = self.text.calibrate
+        batches = [padded(part) for part in _parts(rows, self.settings.batch)]
+        ready = self.method.finish(self.model, self.arch, self.stages, batches)
+        if isinstance(ready, Plan):
+            return ready
+        return sparsify(self.model, ready, windows_of(rows, self.text.protocol), resume=False, check=False)
+
+    def measured(self, plan: Plan | None) -> Trained:
+        rows, long = self.text.measure, self.text.protocol.get("too_long", 0)
+        tokens = round(self.text.tokens / len(self.text.learn) * self.examples)
+        prompts = plan is not None and plan.per_prompt
+        dense = scored(self.model, rows, prompts=prompts)
+        if plan is None or not plan.select:
+            return Trained(plan, self.before, dense, None, None, tokens, long)
+        twin = attach(self.model, plan, exec="reference", check=False)
+        twin.pumice.counting = True
+        sparse = scored(twin, rows, prompts=prompts)
+        densities = [selection.counter.density for selection in twin.pumice.selections.values()]
+        return Trained(plan, self.before, dense, sparse, sum(densities) / len(densities), tokens, long)
 
 
 def _stamp(model: nn.Module, method: dict | None, text: Lessons, settings: Settings) -> str:
     """What a run has to share with the one that it goes on from."""
     said = {"pumice": __version__, "weights": fingerprint_model(model), "text": text.protocol}
-    said |= {"method": method, "settings": vars(settings)}
-    return json.dumps(said, sort_keys=True)
-
-
-def _parts(rows: list, size: int) -> list[list]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
+    return json.dumps(said | {"method": method, "settings": vars(settings)}, sort_keys=True)
 
 
 class Work:
@@ -154,101 +188,125 @@ class Work:
                 path.write_text(stamp)
         parallel.agreed(stamp)  # nobody looks for checkpoints before
 
-    def run(self, number: int, stage: Stage, whole, model, arch, text: Lessons, steps: int) -> None:
-        """One stage, from its last checkpoint if there is one."""
-        s, folder = self.settings, self.folder / f"stage-{number + 1}"
+    def trainer(self, number: int, stage: Stage, whole: nn.Module, fit: Fit, steps: int) -> StageTrainer:
+        s, device = self.settings, next(fit.model.parameters()).device
         arguments = TrainingArguments(
-            str(folder), max_steps=steps, per_device_train_batch_size=s.batch, learning_rate=s.lr,
-            gradient_accumulation_steps=s.accumulate, lr_scheduler_type=s.schedule, weight_decay=s.weight_decay,
-            warmup_steps=int(s.warmup * steps), bf16=s.bf16, seed=s.seed + number, data_seed=s.seed + number,
-            save_steps=s.save_every or max(1, steps // 10), save_total_limit=1, logging_steps=max(1, steps // 20),
-            report_to=s.report_to, run_name=f"{self.folder.name}-{stage.name}", remove_unused_columns=False,
-            use_cpu=next(model.parameters()).device.type == "cpu", dataloader_pin_memory=False,
+            str(self.folder / f"stage-{number + 1}"), max_steps=steps, per_device_train_batch_size=s.batch,
+            learning_rate=s.lr, gradient_accumulation_steps=s.accumulate, lr_scheduler_type=s.schedule,
+            weight_decay=s.weight_decay, warmup_steps=int(s.warmup * steps), seed=s.seed + number,
+            data_seed=s.seed + number, save_steps=s.save_every or max(1, steps // 10), save_total_limit=2,
+            logging_steps=max(1, steps // 20), report_to=s.report_to, run_name=f"{self.folder.name}-{stage.name}",
+            remove_unused_columns=False, use_cpu=device.type == "cpu", dataloader_pin_memory=False,
+            use_cache=fit.model.config.use_cache,
         )  # fmt: skip
-        trainer = StageTrainer(
-            stage=stage,
-            arch=arch,
-            model=whole,
-            args=arguments,
-            train_dataset=text.learn,
-            data_collator=padded,
-            callbacks=list(stage.callbacks),
-        )
-        last = get_last_checkpoint(str(folder)) if folder.exists() else None
-        with stage.on(model, arch):
-            if not (last and trainer.finished(last)):  # transformers would make one step more
-                trainer.train(resume_from_checkpoint=last)
+        arguments._n_gpu = 1  # hooks are of one model: the other devices of a machine are for torchrun
+        return StageTrainer(
+            stage=stage, arch=fit.arch, bf16=s.bf16, model=whole, args=arguments, train_dataset=fit.text.learn,
+            data_collator=padded, callbacks=list(stage.callbacks),
+        )  # fmt: skip
 
-    def remove(self, first: bool) -> None:
-        if first:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def newest(folder: Path) -> str | None:
+    """The last whole checkpoint, whose state is written last. What a kill left half-written goes."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+    while found:
+        with suppress(OSError, ValueError):
+            json.loads((found[-1] / "trainer_state.json").read_text())
+            return str(found[-1])
+        shutil.rmtree(found.pop(), ignore_errors=True)
+    return None
 
 
 @contextmanager
-def adapted(model: nn.Module, rank: int) -> Iterator[nn.Module]:
-    """The model with LoRA adapters on every linear layer of its blocks, merged afterwards; itself for rank 0."""
-    if not rank:
-        model.train()
+def whole_or_unchanged(model: nn.Module) -> Iterator[None]:
+    """After an error the model has no routers and is in the mode that it was; what was trained of it stays."""
+    training = model.training
+    try:
+        yield
+    except BaseException:
+        model._modules.pop(ROUTERS, None)
+        model.train(training)
+        raise
+
+
+@contextmanager
+def adapted(model: nn.Module, arch: Arch, settings: Settings) -> Iterator[nn.Module]:
+    """The model with LoRA adapters on the linear layers of its blocks, merged afterwards; itself for rank 0.
+
+    Fused experts have none.
+    """
+    model.train()
+    if not settings.lora:
         yield model
         return
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:
         raise PumiceError("--lora needs peft: pip install 'pumice[train]'.") from error
-    from pumice.train.methods.lte import ROUTERS
-
-    names = {site.parts["weight"].module for site in detect(model).of_kind("linear")}
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    set_seed(settings.seed)  # of the adapters' start
+    names = {site.parts["weight"].module for site in arch.of_kind("linear") if site.expert is None}
     routers = [f"{ROUTERS}.{name}" for name in getattr(model, ROUTERS, {})]
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=sorted(names), modules_to_save=routers or None)
+    config = LoraConfig(r=settings.lora, lora_alpha=2 * settings.lora, target_modules=sorted(names),
+                        modules_to_save=routers or None)  # fmt: skip
     whole = get_peft_model(model, config)
     whole.train()
-    yield whole
-    whole.merge_and_unload()
+    try:
+        yield whole
+    finally:
+        whole.merge_and_unload()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
 
 
 @torch.no_grad()
-def scored(model: nn.Module, rows: list[dict[str, Tensor]], batch: int = 4) -> Perplexity:
-    """Perplexity of what is to be learnt in some examples, each a window of the bootstrap."""
+def scored(model: nn.Module, rows: list[dict[str, Tensor]], batch: int = 4, *, prompts: bool = False) -> Perplexity:
+    """Perplexity of what is to be learnt in some examples, each a window of the bootstrap.
+
+    `prompts`: of what follows each example's prompt alone; a plan that selects per prompt is told where that ends.
+    """
     training, device = model.training, model.get_input_embeddings().weight.device
+    runtime = getattr(model, "pumice", None) if prompts else None
     model.eval()
     losses, count = [], 0
-    for some in _parts(rows, batch):
-        part = {name: tensor.to(device) for name, tensor in padded(some).items()}
-        logits = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False).logits
-        targets = part["labels"][:, 1:]
-        nll = torch.nn.functional.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-        known = (targets != -100).sum(1)
-        losses += (nll.sum(1) / known).tolist()
-        count += int(known.sum())
-    model.train(training)
+    try:
+        for some in _parts(rows, batch):
+            part = {name: tensor.to(device) for name, tensor in padded(some).items()}
+            ends = borders(some).to(device)
+            with runtime.phase(ends) if runtime is not None else nullcontext():
+                out = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False)
+            targets = part["labels"][:, 1:]
+            if prompts:
+                late = torch.arange(1, targets.shape[1] + 1, device=device) >= ends[:, None]
+                targets = targets.masked_fill(~late, UNLEARNT)
+            nll = F.cross_entropy(out.logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
+            known = (targets != UNLEARNT).sum(1)
+            losses += (nll.sum(1) / known).tolist()
+            count += int(known.sum())
+    finally:
+        model.train(training)
     return combine(losses, count, {"examples": len(rows)})
 
 
-def measured(model: nn.Module, plan: Plan | None, before: Perplexity, text: Lessons, examples: int) -> Trained:
-    tokens = round(text.tokens / len(text.learn) * examples)
-    dense = scored(model, text.measure)
-    if plan is None or not plan.select:
-        return Trained(plan, before, dense, None, None, tokens)
-    twin = attach(model, plan, exec="reference", check=False)
-    twin.pumice.counting = True
-    border = text.measure[0]["input_ids"].shape[0] // 2 if plan.per_prompt else None
-    with twin.pumice.phase(border):
-        sparse = scored(twin, text.measure)
-    counters = [selection.counter.density for selection in twin.pumice.selections.values()]
-    return Trained(plan, before, dense, sparse, sum(counters) / len(counters), tokens)
+def _parts(rows: list, size: int) -> list[list]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def figures(found: Trained) -> dict:
-    return {
-        "perplexity_before": found.before.perplexity,
-        "perplexity_dense": found.dense.perplexity,
-        "perplexity_sparse": (found.sparse or found.dense).perplexity,
-        "active_on_held_out": found.active,
-        "tokens": found.tokens,
-    }
-
-
-def write_plain(model: nn.Module, tokenizer, out: Path) -> None:
+def write(model: nn.Module, tokenizer, found: Trained, out: Path) -> None:
+    """The folder, with its plan and figures if there is one."""
+    if found.plan is not None:
+        figures = {
+            "perplexity_before": found.before.perplexity,
+            "perplexity_dense": found.dense.perplexity,
+            "perplexity_sparse": (found.sparse or found.dense).perplexity,
+            "active_on_held_out": found.active,
+            "tokens": found.tokens,
+        }
+        save(model, tokenizer, replace(found.plan, measurements={**found.plan.measurements, **figures}), out)
+        return
     with replacing(out) as fresh:
         model.save_pretrained(fresh)
         if tokenizer is not None:

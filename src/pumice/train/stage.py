@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor, nn
 
+from pumice.api import matching
 from pumice.arch.detect import Arch
 from pumice.errors import PumiceError
 from pumice.sites import Site
@@ -20,6 +22,7 @@ class Stage:
     name: str = "training"
     share: float = 1.0  # of the steps
     progress: float = 0.0  # of the stage's own steps
+    method: Any = None
     callbacks: tuple = ()  # of transformers
     valid: Tensor | None = field(default=None, repr=False)  # bool [B, T], of the running batch; None: all are text
 
@@ -56,11 +59,13 @@ class Stage:
         return flat if self.valid is None else flat[self.valid.flatten().to(flat.device)]
 
 
-def neurons_of(arch: Arch, method: str) -> list[Site]:
-    """The FFNs that a method can train: fused experts have no door of their own."""
-    sites = [site for site in arch.of_kind("ffn") if site.expert is None]
+def neurons_of(arch: Arch, method: Any) -> list[Site]:
+    """The FFNs that a method names and can train: fused experts have no door of their own."""
+    sites = [site for site in matching(arch, method) if site.expert is None]
     if not sites:
-        raise PumiceError(f"{method} trains FFNs whose matrices are modules of their own, and this model has none.")
+        raise PumiceError(
+            f"{method.name} trains FFNs whose matrices are modules of their own, and this model has none."
+        )
     return sites
 
 

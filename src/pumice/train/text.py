@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,8 @@ def lessons(data, tokenizer, *, window: int, seed: int = 0) -> Lessons:
     else:
         settings = {} if isinstance(data, (Windows, Tensor)) else {"window": window, "windows": None, "seed": seed}
         cut = tokens(data, tokenizer, **settings)
-        found, protocol = [[{"input_ids": ids, "labels": ids}] for ids in cut.ids], dict(cut.protocol)
+        texts = [ids[valid] for ids, valid in zip(cut.ids, cut.valid, strict=True)]
+        found, protocol = [[{"input_ids": ids, "labels": ids}] for ids in texts], dict(cut.protocol)
     random.Random(seed).shuffle(found)
     total = sum(len(one["input_ids"]) for group in found for one in group)
     held = min(HELD, total // 8)
@@ -76,8 +78,13 @@ def _pairs(where: str, tokenizer, window: int) -> tuple[list[list[dict[str, Tens
     found = [group for group in found if group]
     if not found:
         raise PumiceError(f"no example of {where} has {window} tokens or fewer: ask for a larger window.")
-    protocol = {"source": Path(where.rpartition("#")[0]).name, "order": "random", "skip": 0, "window": window}
-    return found, protocol | {"windows": sum(map(len, found)), "too_long": long}
+    name, _, fields = where.rpartition("#")
+    digest = hashlib.sha256()
+    for one in (one for group in found for one in group):
+        digest.update(one["input_ids"].numpy().tobytes() + one["labels"].numpy().tobytes())
+    protocol = {"source": Path(name).name, "fields": fields, "order": "random", "skip": 0, "window": window}
+    protocol |= {"windows": sum(map(len, found)), "too_long": long, "sha256": digest.hexdigest()[:16]}
+    return found, protocol
 
 
 def padded(batch: list[dict[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
@@ -94,6 +101,12 @@ def padded(batch: list[dict[str, Tensor]], pad: int = 0) -> dict[str, Tensor]:
         "labels": filled("labels", UNLEARNT),
         "attention_mask": torch.stack(valid).long(),
     }
+
+
+def borders(rows: list[dict[str, Tensor]]) -> Tensor:
+    """Where each example's prompt ends: at the first token to learn, of a text at its middle. [rows]"""
+    learnt = [int((one["labels"] != UNLEARNT).nonzero()[0]) for one in rows]
+    return torch.tensor([first or len(one["labels"]) // 2 for first, one in zip(learnt, rows, strict=True)])
 
 
 def windows_of(rows: list[dict[str, Tensor]], protocol: dict) -> Windows:

@@ -7,29 +7,35 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState, PrinterCallback, ProgressCallback, TrainerState
 
 from pumice.arch.detect import Arch
 from pumice.errors import PumiceError
 from pumice.train.stage import Stage
 
+RAW = "parameters.safetensors"
 UNSAID = ("grad_norm", "learning_rate", "epoch")
 
 
 class StageTrainer(Trainer):
-    """Trains under a stage; a loss that is NaN or infinite ends it, with the step and where it began."""
+    """Trains under a stage; a loss that is NaN or infinite ends it, with the step and where it began.
 
-    def __init__(self, *, stage: Stage, arch: Arch, **settings) -> None:
+    `bf16`: forwards under autocast, which the trainer's own flag would leave on the model for good. Checkpoints hold
+    parameters by their own names: the layout of the hub has others for fused experts, and drops them at the return.
+    """
+
+    def __init__(self, *, stage: Stage, arch: Arch, bf16: bool = False, **settings) -> None:
         super().__init__(**settings)
-        self.stage, self.arch = stage, arch
+        self.stage, self.arch, self.bf16 = stage, arch, bf16
         self.sums: dict[str, float] = {}
         self.forwards = 0
         for spoken in (PrinterCallback, ProgressCallback):  # they write to stdout
             self.remove_callback(spoken)
-        self.add_callback(Steering(self))
+        self.callback_handler.callbacks.insert(0, Steering(self))  # before those that log what it adds
         self.add_callback(Bar(stage.name))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -38,27 +44,29 @@ class StageTrainer(Trainer):
         stage.valid = None if mask is None else mask.bool()
         stage.progress = self.state.global_step / max(self.state.max_steps, 1)
         stage.before(inputs)
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        terms = stage.terms(outputs.logits, inputs)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.bf16):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            terms = stage.terms(outputs.logits, inputs)
         self.check(model, inputs, {"loss": loss, **terms})
         numbers = {name: term.item() for name, term in terms.items()} | stage.measured()
-        numbers |= {"task": loss.item()} if terms else {}
+        # where the task's loss is a mean over the tokens of all accumulated batches, the trainer divides no more
+        parts = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+        numbers |= {"task": parts * loss.item()} if terms else {}
         for name, value in numbers.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.forwards += 1
-        # where the task's loss is a mean over the tokens of all accumulated batches, the trainer divides no more
-        parts = self.args.gradient_accumulation_steps if num_items_in_batch is not None else 1
         total = loss + sum(terms.values()) / parts if terms else loss
         return (total, outputs) if return_outputs else total
 
-    def finished(self, checkpoint: str) -> bool:
-        """Whether a checkpoint is that of the last step; its weights and numbers are then taken."""
-        state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
-        if state.global_step < self.args.max_steps:
-            return False
-        self._load_from_checkpoint(checkpoint)
-        self.stage.restore(state.stateful_callbacks[Steering.__name__]["attributes"])
-        return True
+    def go(self, checkpoint: str | None) -> None:
+        """Train from a checkpoint on; of that of the last step only the weights and numbers are taken."""
+        if checkpoint is not None:
+            state = TrainerState.load_from_json(str(Path(checkpoint) / "trainer_state.json"))
+            if state.global_step >= self.args.max_steps:  # transformers would make one step more
+                self._load_from_checkpoint(checkpoint)
+                self.stage.restore(state.stateful_callbacks[Steering.__name__]["attributes"])
+                return
+        self.train(resume_from_checkpoint=checkpoint)
 
     def check(self, model: nn.Module, inputs: dict, losses: dict[str, Tensor]) -> None:
         bad = next((name for name, loss in losses.items() if not bool(loss.isfinite())), None)
@@ -66,8 +74,21 @@ class StageTrainer(Trainer):
             where = first_not_finite(model, self.arch, inputs)
             raise PumiceError(
                 f"{self.stage.name}: {bad} is {losses[bad].item()} at step {self.state.global_step + 1}; {where}. "
-                "Lower --lr, warm up for longer, or train in fp32. What was saved before is kept."
+                "Lower --lr, or give smaller steps: a larger --batch or --accumulate."
             )
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled:  # adapters, shards
+            return super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(self.model, str(folder / RAW))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not (Path(resume_from_checkpoint) / RAW).exists():
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_model(model or self.model, str(Path(resume_from_checkpoint) / RAW))
 
     def means(self) -> dict[str, float]:
         """What the stage measured since the last call, over all processes; then it begins anew."""
@@ -93,10 +114,14 @@ class Steering(TrainerCallback, ExportableState):
         if kept and state.global_step:
             self.trainer.stage.restore(kept["attributes"])
 
-    def on_step_end(self, args, state, control, **_) -> None:
+    def on_step_end(self, args, state, control, model=None, **_) -> None:
         self.last = self.trainer.means()
         if self.last:
             self.trainer.stage.stepped(self.last)
+        if state.global_step % max(args.save_steps, 1) == 0 or state.global_step == state.max_steps:
+            bad = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
+            if bad is not None:  # before a checkpoint of it takes the place of a sound one
+                raise PumiceError(f"{bad} holds NaN or infinity after step {state.global_step}. Lower --lr.")
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if logs is not None and "loss" in logs:

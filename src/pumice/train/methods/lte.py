@@ -63,7 +63,7 @@ class LTE:
         """Put the neurons of each expert beside each other, and routers beside the model."""
         routers = nn.ModuleDict()
         generator = torch.Generator().manual_seed(self.seed)
-        for site in neurons_of(arch, "lte"):
+        for site in neurons_of(arch, self):
             check_size(site.units, self.size, site.name)
             members = self.members(site)
             if members is not None:
@@ -74,8 +74,9 @@ class LTE:
                 router.weight.copy_(torch.randn(router.weight.shape, generator=generator) / math.sqrt(d))
             routers[key(site)] = router
         if self.start == "needed":
-            plan = sparsify(model, Needed(sparsity=self.sparsity, size=self.size, seed=self.seed), text, resume=False)
-            for site in neurons_of(arch, "lte"):
+            needed = Needed(sparsity=self.sparsity, size=self.size, seed=self.seed, where=self.where)
+            plan = sparsify(model, needed, text, resume=False)
+            for site in neurons_of(arch, self):
                 routers[key(site)].weight.data.copy_(plan.select[site.name].score.second)
         model.add_module(ROUTERS, routers)
         return arch
@@ -88,22 +89,19 @@ class LTE:
         return balanced(site.rows(site.in_roles[0]).cpu(), self.size, self.seed, title=f"experts of {site.name}")
 
     def stages(self, model: nn.Module, dense: nn.Module | None) -> list[Stage]:
-        first = Routed(name="soft routing", share=self.soft, routers=routers_of(model), sparsity=self.sparsity,
-                       size=self.size, separability=self.separability)  # fmt: skip
-        second = Routed(name="hard routing", share=1 - self.soft, routers=routers_of(model), sparsity=self.sparsity,
-                        size=self.size, hard=True, earlier=first, dense=dense, distill=self.distill)  # fmt: skip
+        routers = routers_of(model)
+        first = Routed(method=self, name="soft routing", share=self.soft, routers=routers)
+        second = Routed(method=self, name="hard routing", share=1 - self.soft, routers=routers, hard=True,
+                        earlier=first, dense=dense)  # fmt: skip
         return [first, second]
 
     def finish(self, model: nn.Module, arch: Arch, stages: list[Stage], batches: list[dict[str, Tensor]]) -> Routes:
         """Take the routers off the model; what calibrates their thresholds."""
-        shares = apportion(stages[-1].dropped(model, arch, batches), units_of(arch), self.sparsity)
+        units = {site.name: site.units for site in neurons_of(arch, self)}
+        shares = apportion(stages[-1].dropped(model, arch, batches), units, self.sparsity)
         routers = {name: router.weight.detach().float().cpu() for name, router in routers_of(model).items()}
         delattr(model, ROUTERS)
-        return Routes(size=self.size, routers=routers, shares=shares)
-
-
-def units_of(arch: Arch) -> dict[str, int]:
-    return {site.name: site.units for site in neurons_of(arch, "lte")}
+        return Routes(size=self.size, routers=routers, shares=shares, where=self.where)
 
 
 def key(site: Site) -> str:
@@ -121,7 +119,8 @@ class Needed:
     sparsity: float
     size: int
     seed: int
-    name, kinds, where, refines = "lte", ("ffn",), "*", False
+    where: str
+    name, kinds, refines = "lte", ("ffn",), False
     needs = (Entries, Inputs)
 
     def solve(self, site: Site, stats: SiteStats) -> Select | None:
@@ -143,13 +142,9 @@ class Routed(Stage):
     """Experts that count by their router's score, or, `hard`, that run where it is above a threshold."""
 
     routers: nn.ModuleDict = field(repr=False)
-    sparsity: float
-    size: int
-    separability: float = 0.0
     hard: bool = False
     earlier: Routed | None = None
     dense: nn.Module | None = field(default=None, repr=False)
-    distill: float = 0.0
     eta: float = 1.0
     logit: float = 0.0  # of τ, above which as many experts lie as are to run
     logits: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of the running forward, by site
@@ -157,7 +152,7 @@ class Routed(Stage):
 
     @contextmanager
     def on(self, model: nn.Module, arch: Arch) -> Iterator[None]:
-        sites = neurons_of(arch, "lte")
+        sites = neurons_of(arch, self.method)
         for router in self.routers.values():
             router.requires_grad_(not self.hard)
         if self.earlier is not None and self.logit == 0.0:
@@ -176,19 +171,19 @@ class Routed(Stage):
     def edit(self, site: Site, a: Tensor) -> Tensor:
         z = self.logits[key(site)]
         share = (z > self.logit).to(a.dtype) if self.hard else z.sigmoid().to(a.dtype)
-        return a * share.reshape(*a.shape[:-1], -1).repeat_interleave(self.size, dim=-1)
+        return a * share.reshape(*a.shape[:-1], -1).repeat_interleave(self.method.size, dim=-1)
 
     def terms(self, logits: Tensor, inputs: dict) -> dict[str, Tensor]:
         if not self.hard:
             scores = torch.cat([self.rows(z).sigmoid().flatten() for z in self.apart.values()])
             apart = (1 / ((scores - 0.5).square() + EPS)).mean() - 1 / (0.25 + EPS)  # 0 where every score is 0 or 1
-            return {"efficiency": self.eta * scores.square().mean(), "separability": self.separability * apart}
-        if not self.distill:
+            return {"efficiency": self.eta * scores.square().mean(), "separability": self.method.separability * apart}
+        if not self.method.distill:
             return {}
         with torch.no_grad():
             wanted = self.dense(**{k: v for k, v in inputs.items() if k != "labels"}).logits
         rows = [self.rows(t).float().log_softmax(-1) for t in (logits, wanted)]
-        return {"distillation": self.distill * F.kl_div(*rows, log_target=True, reduction="batchmean")}
+        return {"distillation": self.method.distill * F.kl_div(*rows, log_target=True, reduction="batchmean")}
 
     def measured(self) -> dict[str, float]:
         """The share of experts above ½ in stage 1, and above the threshold that is being looked for."""
@@ -199,9 +194,9 @@ class Routed(Stage):
     def stepped(self, numbers: dict[str, float]) -> None:
         # shares of tokens add up over processes, as quantiles do not; a logit's density is some tenths, so that a few
         # steps meet the budget
-        self.logit += numbers["active"] - 1 + self.sparsity
+        self.logit += numbers["active"] - 1 + self.method.sparsity
         if not self.hard:
-            self.eta = min(max(self.eta * math.exp(numbers["half"] - 1 + self.sparsity), 1e-4), 1e4)
+            self.eta = min(max(self.eta * math.exp(numbers["half"] - 1 + self.method.sparsity), 1e-4), 1e4)
 
     def state(self) -> dict[str, float]:
         return {name: getattr(self, name) for name in ("eta", "logit")}
@@ -209,9 +204,11 @@ class Routed(Stage):
     @torch.no_grad()
     def dropped(self, model: nn.Module, arch: Arch, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """The share of its experts that each layer leaves out on some text, by site."""
-        sites, total, tokens = neurons_of(arch, "lte"), {}, 0
+        sites, total, tokens = neurons_of(arch, self.method), {}, 0
+        device = model.get_input_embeddings().weight.device
         with self.on(model, arch):
             for batch in batches:
+                batch = {name: part.to(device) for name, part in batch.items()}
                 self.valid = batch["attention_mask"].bool()
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
                 tokens += int(self.valid.sum())
@@ -232,11 +229,13 @@ class Routes:
     size: int
     routers: dict[str, Tensor]
     shares: dict[str, float]  # of the experts that are dropped, by site
-    name, kinds, where, refines = "lte", ("ffn",), "*", False
+    where: str
+    name, kinds, refines = "lte", ("ffn",), False
     needs = (Entries,)
 
     def solve(self, site: Site, stats: SiteStats) -> Select | None:
         if site.name not in self.shares:
+            stats.note("is a fused expert, which was not trained: it runs whole")
             return None
         x = stats[Entries]
         net = Predicted(second=self.routers[key(site)].to(x.device), group=self.size)

@@ -46,11 +46,15 @@ class ProSparse:
             )
 
     def begin(self, model: nn.Module, arch: Arch, text: Windows) -> Arch:
-        neurons_of(arch, "prosparse")
+        if self.where != "*" or len(neurons_of(arch, self)) < len(arch.of_kind("ffn")):
+            raise PumiceError(
+                "prosparse gives every FFN a ReLU and trains those whose matrices are modules of their own: leave out "
+                "`where`, and take a model without fused experts."
+            )
         return activate(model, "relu")
 
     def stages(self, model: nn.Module, dense: nn.Module | None) -> list[Stage]:
-        return [Penalised(l1=self.l1, warm=self.warm, rises=self.rises)]
+        return [Penalised(method=self, l1=self.l1, warm=self.warm, rises=self.rises)]
 
     def finish(self, model: nn.Module, arch: Arch, stages: list[Stage], batches: list[dict]) -> Opened:
         return Opened(sparsity=self.sparsity)
@@ -68,7 +72,7 @@ class Penalised(Stage):
 
     @contextmanager
     def on(self, model: nn.Module, arch: Arch) -> Iterator[None]:
-        with edited(neurons_of(arch, "prosparse"), model, None, self.see):
+        with edited(neurons_of(arch, self.method), model, None, self.see):
             yield
 
     def see(self, site: Site, a: Tensor) -> None:
@@ -100,7 +104,5 @@ class Opened:
     needs = (Entries,)
 
     def solve(self, site: Site, stats: SiteStats) -> Select | None:
-        if site.expert is not None:
-            return None
         score = Projected(role=site.in_roles[0], activation="relu")
         return by_threshold(score, site, stats, self.sparsity)

@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from pumice.api import matching
 from pumice.arch.activate import activate
 from pumice.arch.detect import Arch
+from pumice.budget import removed
 from pumice.calib.data import Windows
 from pumice.calib.stats import SiteStats
 from pumice.errors import PumiceError
@@ -36,16 +38,18 @@ class QSparse:
             raise PumiceError(f"qsparse.block is 0 or a number of channels; got {self.block}.")
 
     def begin(self, model: nn.Module, arch: Arch, text: Windows) -> Arch:
-        for site in arch.of_kind("linear"):
+        if self.block and self.sparsity and not removed(self.block, self.sparsity):
+            raise PumiceError(f"qsparse: {self.sparsity:g} of {self.block} channels is none. Raise one of the two.")
+        for site in matching(arch, self):
             if self.block and site.channels % self.block:
                 raise PumiceError(f"{site.name} reads {site.channels} channels, no whole number of {self.block}.")
         return activate(model, "relu2") if self.relu2 else arch
 
     def stages(self, model: nn.Module, dense: nn.Module | None) -> list[Stage]:
-        return [Largest(cut=TopK(sparsity=self.sparsity, block=self.block))]
+        return [Largest(method=self, cut=TopK(sparsity=self.sparsity, block=self.block))]
 
     def finish(self, model: nn.Module, arch: Arch, stages: list[Stage], batches: list[dict]) -> Inputs:
-        return Inputs(sparsity=self.sparsity, block=self.block)
+        return Inputs(sparsity=self.sparsity, block=self.block, where=self.where)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -60,7 +64,7 @@ class Largest(Stage):
             return (self.largest(args[0]), *args[1:])
 
         with ExitStack() as stack:
-            for name in {site.parts["weight"].module for site in arch.of_kind("linear") if site.expert is None}:
+            for name in {site.parts["weight"].module for site in matching(arch, self.method) if site.expert is None}:
                 stack.callback(model.get_submodule(name).register_forward_pre_hook(before).remove)
             yield
 
@@ -74,11 +78,13 @@ class Inputs:
 
     sparsity: float
     block: int
-    name, kinds, where, refines = "qsparse", ("linear",), "*", False
+    where: str
+    name, kinds, refines = "qsparse", ("linear",), False
     needs = ()
 
     def solve(self, site: Site, stats: SiteStats) -> Select | None:
         if site.expert is not None:
+            stats.note("is part of a fused expert, which was not trained: it is read whole")
             return None
         cut, weights = TopK(sparsity=self.sparsity, block=self.block), site.matrix().shape[0]
         score = Magnitude(units=site.channels)
