@@ -508,6 +508,10 @@ def test_the_command_trains_prints_and_saves(folder):
     assert found.code == 0, found.err
     assert "trained, sparse" in found.out and "Achieved sparsity" in found.out and "step 2 of 2" in found.err
     assert command("eval", folder / "out", "--windows", "2", "--window", "32", "--json").json["sparsity"] > 0.5
+    given = ["--method", "cats", "--window", "32", "--windows", "4", "--no-measure", "--out", folder / "again"]
+    again = command("sparsify", folder / "out", *given)  # other methods start from what was trained
+    assert again.code == 0 and "its weights are taken, without its plan" in again.err
+    assert command("eval", folder / "again", "--windows", "2", "--window", "32").code == 0
 
 
 @pytest.mark.parametrize(
