@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
@@ -14,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 
 from pumice import __version__, recipe
@@ -118,11 +121,13 @@ class Fit:
     def __init__(self, model: nn.Module, method: Any, text: Lessons, settings: Settings) -> None:
         self.model, self.text, self.settings = model, text, settings
         self.method = method if method is None or hasattr(method, "begin") else Adapt(method=method)
+        say(text.describe())
         self.before = scored(model, text.measure)
         dense = deepcopy(model).eval().requires_grad_(False) if getattr(method, "distill", 0) else None
         self.arch, self.stages, self.examples = detect(model), [Stage()], 0
         if self.method is None:
             return
+        say(f"before the first step: what {method.name} changes, and what it measures for that")
         # by every process for itself: what learns from samples is not shared among them
         self.arch = self.method.begin(model, self.arch, windows_of(text.calibrate, text.protocol))
         self.stages = self.method.stages(model, dense)
@@ -147,6 +152,7 @@ class Fit:
         self.model.eval()
         if self.method is None:
             return None
+        say("the plan: calibrated on text that was not learnt")
         rows = self.text.calibrate
         batches = [padded(part) for part in _parts(rows, self.settings.batch)]
         ready = self.method.finish(self.model, self.arch, self.stages, batches)
@@ -166,6 +172,12 @@ class Fit:
         sparse = scored(twin, rows, prompts=prompts)
         densities = [selection.counter.density for selection in twin.pumice.selections.values()]
         return Trained(plan, self.before, dense, sparse, sum(densities) / len(densities), tokens, long)
+
+
+def say(text: str) -> None:
+    """To whoever waits, past the progress bars."""
+    if not int(os.environ.get("RANK", "0")):
+        tqdm.write(text, file=sys.stderr)
 
 
 def _stamp(model: nn.Module, method: dict | None, text: Lessons, settings: Settings) -> str:

@@ -29,7 +29,14 @@ class Lessons:
 
     @property
     def tokens(self) -> int:
+        """Of what is to be learnt, once."""
         return sum(len(one["input_ids"]) for one in self.learn)
+
+    def describe(self) -> str:
+        return (
+            f"{len(self.learn)} examples to learn ({self.tokens:,} tokens), {len(self.calibrate)} to calibrate on, "
+            f"{len(self.measure)} to measure on"
+        )
 
 
 def lessons(data, tokenizer, *, window: int, seed: int = 0) -> Lessons:
