@@ -185,7 +185,23 @@ def test_with_every_expert_on_stage_two_is_dense(family):
         torch.testing.assert_close(model(IDS).logits, dense, atol=1e-4, rtol=1e-4)
         stage.logit = math.inf
         assert (model(IDS).logits - dense).abs().max() > 1e-2
-    assert not any(router.weight.requires_grad for router in getattr(model, ROUTERS).values())
+    assert all(router.weight.requires_grad for router in getattr(model, ROUTERS).values())
+    frozen = lte(routers="frozen").stages(model, None)[1]
+    with frozen.on(model, arch):
+        assert not any(router.weight.requires_grad for router in getattr(model, ROUTERS).values())
+
+
+def test_in_stage_two_the_threshold_passes_the_gradient_of_the_score():
+    model, arch, method = begun()
+    stage = method.stages(model, None)[1]
+    site = arch.of_kind("ffn")[0]
+    z = torch.randn(1, 3, 11, requires_grad=True)
+    stage.logits[key(site)] = z
+    a, w = torch.randn(1, 3, 44), torch.randn(1, 3, 44)
+    (stage.edit(site, a) * w).sum().backward()
+    score = z.detach().sigmoid()
+    torch.testing.assert_close(z.grad, (a * w).unflatten(-1, (11, 4)).sum(-1) * score * (1 - score))
+    torch.testing.assert_close(stage.edit(site, a).detach(), a * (z > 0).float().repeat_interleave(4, -1))
 
 
 def test_eta_and_the_threshold_are_steered_to_the_budget():

@@ -1,7 +1,7 @@
 """LTE: a model learns to need fewer experts, groups of its own neurons, and routers which ones.  arXiv:2402.06126
 
 stage 1   FFN(x) = Σ_i G_i(x) E_i(x),  G = sigmoid(x Wg);   loss + η·mean G² + λ·mean 1/((G - ½)² + ε)
-stage 2   FFN(x) = Σ_i 1[G_i(x) > τ] E_i(x), routers as they are;   loss
+stage 2   FFN(x) = Σ_i 1[G_i(x) > τ] E_i(x);   loss; routers as they are, or with the gradient of G for that of 1[G > τ]
 η is steered by the share of experts with G > ½, τ between the stages and in the second: the sparsity asked for is met.
 """
 
@@ -48,7 +48,8 @@ class LTE:
     grouping: Literal["kmeans", "random", "neighbours"] = "kmeans"
     start: Literal["needed", "random"] = "needed"  # of the routers
     separability: float = 0.5  # λ
-    soft: float = 0.5  # of the steps, those of stage 1
+    soft: float = 0.1  # of the steps, those of stage 1
+    routers: Literal["straight", "frozen"] = "straight"  # in stage 2
     distill: float = 0.0
     seed: int = 0
 
@@ -154,12 +155,16 @@ class Routed(Stage):
     def on(self, model: nn.Module, arch: Arch) -> Iterator[None]:
         sites = neurons_of(arch, self.method)
         for router in self.routers.values():
-            router.requires_grad_(not self.hard)
+            router.requires_grad_(not self.hard or self.straight)
         if self.earlier is not None and self.logit == 0.0:
             self.logit = self.earlier.logit
         with edited(sites, model, self.enter, self.edit):
             yield
         self.logits.clear()
+
+    @property
+    def straight(self) -> bool:
+        return self.method.routers == "straight"
 
     def enter(self, site: Site, x: Tensor) -> None:
         router = self.routers[key(site)]
@@ -170,7 +175,10 @@ class Routed(Stage):
 
     def edit(self, site: Site, a: Tensor) -> Tensor:
         z = self.logits[key(site)]
-        share = (z > self.logit).to(a.dtype) if self.hard else z.sigmoid().to(a.dtype)
+        share = z.sigmoid()
+        if self.hard:
+            share = (z > self.logit).to(z.dtype) + (share - share.detach() if self.straight else 0)
+        share = share.to(a.dtype)
         return a * share.reshape(*a.shape[:-1], -1).repeat_interleave(self.method.size, dim=-1)
 
     def terms(self, logits: Tensor, inputs: dict) -> dict[str, Tensor]:
