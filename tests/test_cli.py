@@ -662,7 +662,7 @@ def test_interrupting_says_so_and_ends_with_130(model, monkeypatch):
 
     monkeypatch.setattr("pumice.cli.inspect.not_finite", interrupt)
     result = pumice("inspect", model)
-    assert result.code == 130 and not result.out and result.err.startswith("interrupted. `sparsify` goes on")
+    assert result.code == 130 and not result.out and result.err.startswith("interrupted. The same command goes on")
 
 
 def test_a_closed_pipe_ends_quietly():
