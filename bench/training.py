@@ -42,7 +42,8 @@ from pumice.disk import write
 from pumice.eval.perplexity import Perplexity, combine, paired_ratio
 from pumice.plan import Plan
 from pumice.report.rows import machine
-from pumice.train.run import Settings, scored, train
+from pumice.train.run import Settings, train
+from pumice.train.score import scored
 from relu_model import told
 
 RESULTS = Path(__file__).parent / "results"
@@ -134,7 +135,7 @@ def plot(data: dict) -> None:
         panel.axhline(1.0, color="grey", linestyle=":")
         panel.set(xlabel=label, ylim=(0.95, 3.0))
     panels[0].set_ylabel("perplexity over dense, 64 windows of real stories")
-    panels[0].legend(fontsize=8)
+    panels[1].legend(fontsize=8, loc="upper left")
     figure.suptitle(f"stories260K, {data['tokens']:,} tokens of training for every trained row")
     figure.tight_layout()
     figure.savefig(RESULTS / "training.svg")

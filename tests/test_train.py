@@ -27,7 +27,8 @@ from pumice.train import trainer as training
 from pumice.train.methods.lte import LTE, ROUTERS, Routed, key
 from pumice.train.methods.prosparse import Penalised, ProSparse
 from pumice.train.methods.qsparse import Largest, QSparse
-from pumice.train.run import Settings, scored, train
+from pumice.train.run import Settings, train
+from pumice.train.score import scored
 from pumice.train.text import UNLEARNT, borders, lessons, padded, windows_of
 from test_cli import pumice as command
 from test_cli import write_tokenizer

@@ -7,15 +7,13 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments, set_seed
 
@@ -24,14 +22,15 @@ from pumice.api import attach, sparsify
 from pumice.arch.detect import Arch, detect
 from pumice.calib import parallel
 from pumice.errors import PumiceError
-from pumice.eval.perplexity import Perplexity, combine
+from pumice.eval.perplexity import Perplexity
 from pumice.hub.folder import check_target, replacing, same_permissions, told
 from pumice.hub.save import save
 from pumice.plan import Plan, fingerprint_model
 from pumice.train.adapt import Adapt, Selecting
 from pumice.train.methods.lte import ROUTERS
+from pumice.train.score import parts, scored
 from pumice.train.stage import Stage
-from pumice.train.text import UNLEARNT, Lessons, borders, lessons, padded, windows_of
+from pumice.train.text import Lessons, lessons, padded, windows_of
 from pumice.train.trainer import StageTrainer
 
 
@@ -154,7 +153,7 @@ class Fit:
             return None
         say("the plan: calibrated on text that was not learnt")
         rows = self.text.calibrate
-        batches = [padded(part) for part in _parts(rows, self.settings.batch)]
+        batches = [padded(part) for part in parts(rows, self.settings.batch)]
         ready = self.method.finish(self.model, self.arch, self.stages, batches)
         if isinstance(ready, Plan):
             return ready
@@ -272,39 +271,6 @@ def adapted(model: nn.Module, arch: Arch, settings: Settings) -> Iterator[nn.Mod
         whole.merge_and_unload()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trained)
-
-
-@torch.no_grad()
-def scored(model: nn.Module, rows: list[dict[str, Tensor]], batch: int = 4, *, prompts: bool = False) -> Perplexity:
-    """Perplexity of what is to be learnt in some examples, each a window of the bootstrap.
-
-    `prompts`: of what follows each example's prompt alone; a plan that selects per prompt is told where that ends.
-    """
-    training, device = model.training, model.get_input_embeddings().weight.device
-    runtime = getattr(model, "pumice", None) if prompts else None
-    model.eval()
-    losses, count = [], 0
-    try:
-        for some in _parts(rows, batch):
-            part = {name: tensor.to(device) for name, tensor in padded(some).items()}
-            ends = borders(some).to(device)
-            with runtime.phase(ends) if runtime is not None else nullcontext():
-                out = model(input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False)
-            targets = part["labels"][:, 1:]
-            if prompts:
-                late = torch.arange(1, targets.shape[1] + 1, device=device) >= ends[:, None]
-                targets = targets.masked_fill(~late, UNLEARNT)
-            nll = F.cross_entropy(out.logits[:, :-1].float().transpose(1, 2), targets, reduction="none")
-            known = (targets != UNLEARNT).sum(1)
-            losses += (nll.sum(1) / known).tolist()
-            count += int(known.sum())
-    finally:
-        model.train(training)
-    return combine(losses, count, {"examples": len(rows)})
-
-
-def _parts(rows: list, size: int) -> list[list]:
-    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def write(model: nn.Module, tokenizer, found: Trained, out: Path) -> None:
