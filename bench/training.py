@@ -20,7 +20,8 @@ token reads: live rows and columns, whole matrices where they tell, and routers.
 
 Expected: LTE best from 50 % up. Found at 50 %: ReLU closes half of the neurons by itself and, with ProSparse, loses
 least; CATS trained with its plan is next, then LTE, which reads the fewest bytes of the three and beats every row that
-was not trained for its zeros. Rows that are not here are to be measured.
+was not trained for its zeros. At 80 % ProSparse, then LTE, far ahead of the rest. Rows that are not here are to be
+measured.
 """
 
 from __future__ import annotations
