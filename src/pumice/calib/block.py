@@ -41,7 +41,8 @@ class Samples:
 
     def target(self, i: int, reference: Reference) -> Tensor:
         if self._targets[reference] is None:
-            self._targets = dict.fromkeys(self._targets, self.replays.run(self.block, "sparse"))
+            made = self.replays.run(self.block, "sparse")
+            self._targets = {name: made if kept is None else kept for name, kept in self._targets.items()}
         return self._targets[reference][i].to(self.valid(i).device)
 
     def forward(self, i: int, parameters: Mapping[str, Tensor] | None = None) -> Tensor:

@@ -115,11 +115,12 @@ def _one_block(
     if replays is not None:
         both = any(getattr(need, "paired", False) for need in needs)
         own = replays.streams.get("dense", replays.streams["sparse"]) is not replays.streams["sparse"]
-        if needs or "dense" in replays.streams:
+        if needs:
             with collecting(block, sites, needs, collected, replays):
                 outputs, dense = replays.run_both(block) if both else (replays.run(block, "sparse"), None)
-            if dense is None:
-                dense = replays.run(block, "dense") if own else outputs
+        if "dense" in replays.streams and dense is None:
+            dense = replays.run(block, "dense") if own or outputs is None else outputs
+            outputs = outputs if own else dense
     samples = Samples(block, replays, outputs, dense) if replays is not None else None
     run = BlockRun(block=block, sites=sites, collected=collected, samples=samples, notes=notes)
     run.measure = partial(_measure, run, replays)
