@@ -59,11 +59,11 @@ ON_RELU = {
 }
 
 
-def share(name: str, active: float, model) -> float | None:
-    """Of the FFN's bytes, those that a token reads."""
+def share(name: str, active: float, model, size: int = SIZE) -> float:
+    """Of the FFN's bytes, those that a token reads; `size`: neurons of an expert."""
     site = detect(model).of_kind("ffn")[0]
     d, units = site.matrix("up").shape[1], site.units
-    ffn, groups = 3 * d * units, units // SIZE
+    ffn, groups = 3 * d * units, units // size
     whole = {"lte": d * groups, "relu + dejavu": 32 * (d + units), "relu + moefication": groups * (d + groups)}
     if name.startswith(("cats", "prosparse", "relu,")):
         return round((1 + 2 * active) / 3, 4)
