@@ -177,7 +177,7 @@ def one(run: Run, protocol: Protocol, options: argparse.Namespace) -> dict:
     minutes, cpu_minutes = (time.perf_counter() - start) / 60, (time.process_time() - spent) / 60
     row = asdict(run) | {"achieved": plan.sparsity(), "minutes": round(minutes, 2), "peak_GB": round(_peak(), 2)}
     row |= {"resident_GB": round(resident, 2), "notes": plan.measurements.get("notes", [])}
-    row["cpu_minutes"] = round(cpu_minutes, 2)
+    row |= {"cpu_minutes": round(cpu_minutes, 2), "text": text.protocol["sha256"]}
     with plan.applied(model):
         return row | {"losses": scores(model, tokenizer, options.test, protocol)}
 

@@ -1,10 +1,11 @@
 """Claim: at 7B shapes a token's live neurons alone are read, at three quarters of the memory's bandwidth or more.
 
-    python bench/skip.py              two shapes, two kinds, four products: about 3 minutes
+    python bench/skip.py              two shapes, two kinds, five products: about 3 minutes
 
 Expected before measuring, for one row of input: a product is bound by the bytes that remain, so against dense
 
     columns    1 / live                           a matrix of which only live columns are read (TEAL, `down`)
+    largest    1 / live                           the same, the columns of the k largest entries (Q-Sparse)
     neurons    3 / (1 + 2·live)                   the gate whole, then the live rows and columns (CATS)
     copies     3·bits / (3·live·bits + 2·4.5)     4-bit copies of two matrices, then the live neurons (lowbit)
     route      3 / (3·live + 1/32 · 32/bits)      a router in fp32, then the experts of 32 that it names (LTE)
@@ -25,6 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from pumice.budget import removed
 from pumice.kernels.cpu.library import describe
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
 from pumice.report.rows import machine
@@ -43,17 +45,15 @@ def dense_ffn(x, gate, up, down):
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
 
 
-def routed(x, router: torch.Tensor, tau: float, skip: SkipNeurons):
-    return skip(x, (F.linear(x.float(), router) > tau).repeat_interleave(EXPERT, dim=-1))
-
-
 def cut(scores: torch.Tensor, sparsity: float) -> float:
     return scores.float().abs().flatten().kthvalue(round(scores.numel() * sparsity)).values.item()
 
 
 def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[str, list]:
     """The same work in every way, on as many copies as leave the caches."""
-    found: dict[str, list] = {name: [] for name in ("dense", "neurons", "copies", "route", "dense_down", "columns")}
+    found: dict[str, list] = {
+        name: [] for name in ("dense", "neurons", "copies", "route", "dense_down", "columns", "largest")
+    }
     x, a = torch.randn(1, d).to(dtype), torch.randn(1, units).to(dtype)
     for _ in range(max(2, SPREAD // (3 * d * units * dtype.itemsize))):
         gate, up = ((torch.randn(units, d) * d**-0.5).to(dtype) for _ in range(2))
@@ -67,9 +67,10 @@ def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[st
         found["copies"].append(partial(build(tau=cut(given, sparsity), near=near), x))
         router = torch.randn(units // EXPERT, d)
         tau = F.linear(x.float(), router).kthvalue(round(units // EXPERT * sparsity)).values.item()
-        found["route"].append(partial(routed, x, router, tau, build(tau=0.0)))
+        found["route"].append(partial(build(tau=tau, router=Rows(weight=router)), x))
         found["dense_down"].append(partial(F.linear, a, down))
         found["columns"].append(partial(SkipColumns(columns, None, cut(a, sparsity)), a))
+        found["largest"].append(partial(SkipColumns(columns, None, 0.0, drop=removed(units, sparsity)), a))
     return found
 
 
@@ -90,10 +91,11 @@ def measure(d: int, units: int, dtype: torch.dtype, sparsity: float) -> list[dic
     matrix, live = d * units * dtype.itemsize, 1 - sparsity
     copies = 2 * Store.rounded(torch.zeros(8, d), "int4").bytes / 8 * units
     left = {"neurons": matrix * (1 + 2 * live), "copies": 3 * live * matrix + copies, "columns": live * matrix}
+    left["largest"] = left["columns"]
     left["route"] = 3 * live * matrix + 4 * d * units / EXPERT
     rows = []
     for name, bytes_left in left.items():
-        dense, whole = ("dense_down", matrix) if name == "columns" else ("dense", 3 * matrix)
+        dense, whole = ("dense_down", matrix) if name in ("columns", "largest") else ("dense", 3 * matrix)
         one = {"product": name, "d": d, "neurons": units, "dtype": str(dtype)[6:], "sparsity": sparsity}
         one |= {"dense_us": medians[dense] * 1e6, "skip_us": medians[name] * 1e6}
         one |= {"speedup": medians[dense] / medians[name], "bytes_bound": whole / bytes_left}
