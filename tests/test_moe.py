@@ -10,7 +10,7 @@ from pumice.arch.detect import detect
 from pumice.calib.fit import scored
 from pumice.calib.groups import balanced, drawn, means
 from pumice.errors import PumiceError
-from pumice.forms import Magnitude, Predicted, Select, Tokens, TopK
+from pumice.forms import Magnitude, Predicted, Select, Threshold, Tokens, TopK
 from pumice.methods.token.moefication import MoEfication
 from pumice.plan import Plan
 from test_token import fast, logits, steps
@@ -129,6 +129,26 @@ def test_skipped_experts_give_what_the_reference_gives(family, settings):
     twin = fast(model, plan)
     torch.testing.assert_close(steps(twin), steps(plan.attach(model, exec="reference")), atol=2e-4, rtol=2e-4)
     assert all(selection.skipped for selection in twin.pumice.selections.values())
+
+
+@pytest.mark.parametrize("family", DENSE)
+@pytest.mark.parametrize("tau", [-0.1, float("inf")])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_kernel_asks_a_router_itself(family, tau, rows):
+    model, generator = tiny(family), torch.Generator().manual_seed(5)
+    forms = {}
+    for site in detect(model).of_kind("ffn"):
+        d, groups = site.matrix(site.in_roles[0]).shape[1], site.units // 4
+        net = Predicted(second=torch.randn(groups, d, generator=generator), group=4,
+                        offset=torch.randn(groups, generator=generator))  # fmt: skip
+        cut = Threshold(tau=tau, sparsity=0.5)
+        forms[site.name] = Select(score=net, cut=cut, units=site.units, scope="token", first=0)
+    plan, ids = Plan(select=forms), IDS[:1].expand(rows, -1) + torch.arange(rows)[:, None]
+    twin = fast(model, plan)
+    torch.testing.assert_close(steps(twin, ids), steps(plan.attach(model, exec="reference"), ids), atol=2e-4, rtol=2e-4)
+    for selection in twin.pumice.selections.values():
+        assert selection.skipped and not selection.skip.told
+        assert (selection.units_read == 0) == (tau == float("inf"))
 
 
 @pytest.mark.parametrize("router", ["mlp", "similarity", "truth"])

@@ -545,10 +545,12 @@ def test_rank_correlation():
 
 
 @pytest.mark.skipif(describe().startswith("absent"), reason=describe())
-@pytest.mark.parametrize("told", ["first", "copies", ((8, 32), (64, 8)), ((8, 8),), ((4, 32), (64, 4), (64, 4))])
+@pytest.mark.parametrize(
+    "told", ["first", "copies", ((8, 32), (64, 8)), ((8, 8),), ((8, 32),), ((4, 32), (64, 4), (64, 4))]
+)
 def test_what_tells_is_timed_too(told):
-    found = select._time_neurons(32, 64, 32, 3, told, 50, 2, torch.float32)
-    assert found["skip_us"] > 0
+    routed = told == ((8, 32),)
+    assert select._time_neurons(32, 64, 32, 3, told, 50, routed, 2, torch.float32)["skip_us"] > 0
 
 
 def test_every_criterion_has_a_name_that_the_method_takes():

@@ -13,12 +13,15 @@ from transformers.pytorch_utils import Conv1D
 
 import oracle
 import pumice
+from pumice.arch.detect import detect
+from pumice.budget import removed
 from pumice.calib.data import Windows
 from pumice.calib.stats import Inputs
 from pumice.errors import PumiceError
 from pumice.eval.perplexity import perplexity
 from pumice.eval.speed import decode_bytes
 from pumice.forms import Magnitude, Projected, PromptNorm, Select, Threshold, Tokens, TopK
+from pumice.kernels.skip import SkipColumns
 from pumice.methods.prompt.griffin import Griffin
 from pumice.methods.static.magnitude import Magnitude as Magnitude_
 from pumice.methods.token.cats import Cats
@@ -420,6 +423,40 @@ def test_fast_is_the_reference(family, method):
         # no kernel for fused experts, nor for copies of an FFN that is no module
         without = "[" in name or (method is LowBit and family in ("opt", "bloom"))
         assert selection.skipped != without, name
+
+
+@pytest.mark.parametrize("isa", [None, "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "units, block, sparsity", [(44, 0, 0.5), (48, 8, 0.3), (13, 0, 0.95), (64, 4, 0.5), (9, 3, 1.0)]
+)
+def test_the_largest_columns_are_those_of_the_cut(units, block, sparsity, dtype, isa):
+    x = torch.randn(3, units, generator=torch.Generator().manual_seed(units)).mul(3).round().to(dtype)  # with ties
+    columns = torch.randn(units, 21).to(dtype)
+    weight = torch.rand(units).add(0.5) if units == 44 else None
+    size = x.float().abs() if weight is None else x.float().abs() * weight
+    live = TopK(sparsity=sparsity, block=block).keep(size)
+    drop = removed(block or units, sparsity)
+    product = SkipColumns(columns, None, 0.0, weight, isa, drop=drop, block=block)
+    expected = (x.float() * live) @ columns.float()
+    near = {"rtol": 2e-2, "atol": 1e-1} if dtype is torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(product(x).float(), expected, **near)
+    assert product.live == int(live.sum()) and product.union == int(live.any(0).sum())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("block", [0, 4])
+def test_the_largest_inputs_are_read_alone(family, block):
+    model = tiny(family)
+    sites = [site for site in detect(model).of_kind("linear") if site.expert is None]
+    plan = Plan(select={
+        site.name: Select(score=Magnitude(units=site.channels), cut=TopK(sparsity=0.5, block=block),
+                          units=site.channels, scope="token") for site in sites
+    })  # fmt: skip
+    twin = fast(model, plan)
+    torch.testing.assert_close(steps(twin), steps(pumice.attach(model, plan, exec="reference")), rtol=2e-4, atol=2e-4)
+    assert all(selection.skipped for selection in twin.pumice.selections.values())
+    assert {s.units_read / (s.calls * s.form.units) for s in twin.pumice.selections.values() if s.calls} != {1.0}
 
 
 @pytest.mark.parametrize("method", EVERY)

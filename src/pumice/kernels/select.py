@@ -50,12 +50,16 @@ def packed_pays(out: int, columns: int, percent: int, rows: int, kind: str, tran
 
 
 @cache
-def columns_pay(out: int, units: int, percent: int, rows: int, dtype: torch.dtype) -> bool:
-    """Whether a matrix of which about `percent` % of the columns are read runs faster than the dense one."""
+def columns_pay(out: int, units: int, percent: int, rows: int, dtype: torch.dtype, block: int = 0) -> bool:
+    """Whether a matrix of which about `percent` % of the columns are read runs faster than the dense one.
+
+    `block`: the columns are the largest of every so many; 0: those above a threshold.
+    """
     if percent >= 100:
         return False
-    key = f"columns{VERSION}/{_machine('cpu')}/{dtype}/{out}x{units}:{percent}%/rows{rows}"
-    return measured(key, lambda: _time_columns(out, units, percent, rows, dtype))["speedup"] > 1.0
+    largest = f" of {block}" if block else ""
+    key = f"columns{VERSION}/{_machine('cpu')}/{dtype}/{out}x{units}:{percent}%{largest}/rows{rows}"
+    return measured(key, lambda: _time_columns(out, units, percent, rows, dtype, block))["speedup"] > 1.0
 
 
 @cache
@@ -66,16 +70,19 @@ def planes_pay(out: int, columns: int, bits: tuple[int, ...], percent: int, rows
 
 
 @cache
-def neurons_pay(d: int, units: int, out: int, matrices: int, told: str | Net, percent: int, rows: int,
+def neurons_pay(d: int, units: int, out: int, matrices: int, told: str | Net, percent: int, routed: bool, rows: int,
                 dtype: torch.dtype) -> bool:  # fmt: skip
     """Whether an FFN that reads about `percent` % of its neurons is faster than the dense one.
 
-    Which ones is told by its `first` matrix, read whole, by 4-bit `copies`, or by a net.
+    Which ones is told by its `first` matrix, read whole, by 4-bit `copies`, or by a net; `routed`: which the kernel
+    asks itself.
     """
     if percent >= 100:
         return False
-    key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{d}x{units}x{out}:{percent}%x{matrices} {told}/rows{rows}"
-    return measured(key, lambda: _time_neurons(d, units, out, matrices, told, percent, rows, dtype))["speedup"] > 1.0
+    by = f"{told} routed" if routed else told
+    key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{d}x{units}x{out}:{percent}%x{matrices} {by}/rows{rows}"
+    time = partial(_time_neurons, d, units, out, matrices, told, percent, routed, rows, dtype)
+    return measured(key, time)["speedup"] > 1.0
 
 
 def percent(density: float) -> int:
@@ -143,12 +150,13 @@ def _time_packed(out, columns, percent, rows, kind, transposed) -> dict:
     return _compared(dense, sparse, x, "packed_us")
 
 
-def _time_columns(out, units, percent, rows, dtype) -> dict:
+def _time_columns(out, units, percent, rows, dtype, block) -> dict:
     copies = max(2, min(64, SPREAD // (out * units * dtype.itemsize)))
     columns = [torch.randn(units, out).to(dtype) for _ in range(copies)]
     x = (torch.randn(rows, units) * (torch.rand(rows, units) * 100 < percent)).to(dtype)
     dense = [partial(F.linear, weight=matrix.T.contiguous()) for matrix in columns]  # as the model stores it
-    return _compared(dense, [SkipColumns(matrix, None, 0.0) for matrix in columns], x, "skip_us")
+    largest = {"drop": block * (100 - percent) // 100, "block": block}
+    return _compared(dense, [SkipColumns(matrix, None, 0.0, **largest) for matrix in columns], x, "skip_us")
 
 
 def _time_planes(out, columns, bits, percent, rows, dtype) -> dict:
@@ -165,7 +173,7 @@ def _time_planes(out, columns, bits, percent, rows, dtype) -> dict:
     return _compared(dense, sparse, x, "planes_us")
 
 
-def _time_neurons(d, units, out, matrices, told, percent, rows, dtype) -> dict:
+def _time_neurons(d, units, out, matrices, told, percent, routed, rows, dtype) -> dict:
     copies = max(2, min(64, SPREAD // (d * units * matrices * dtype.itemsize)))
     x = torch.randn(rows, d).to(dtype)
     dense, sparse = [], []
@@ -175,10 +183,14 @@ def _time_neurons(d, units, out, matrices, told, percent, rows, dtype) -> dict:
         near = [Store.rounded(matrix, "int4") for matrix in [first, second][: matrices - 1]] * (told == "copies")
         score = F.linear(x, first).float()
         score = (score * F.linear(x, second).float() if near and matrices > 2 else score).abs().flatten()
+        router = Rows(weight=torch.randn(told[0])) if routed else None
+        if routed:
+            score = F.linear(x.float(), router.weight).flatten()
         tau = score.kthvalue(max(1, round(score.numel() * (1 - percent / 100)))).values.item()
         product = SkipNeurons(Rows(weight=first), Rows(weight=second) if matrices > 2 else None, columns, None,
-                              activation="", tau=tau, scored=False, near=near)  # fmt: skip
-        sparse.append(_after_net(product, told, units, percent, rows) if isinstance(told, tuple) else product)
+                              activation="", tau=tau, scored=False, near=near, router=router)  # fmt: skip
+        told_later = isinstance(told, tuple) and not routed
+        sparse.append(_after_net(product, told, units, percent, rows) if told_later else product)
         dense.append(
             partial(_plain_ffn, first=first, second=second if matrices > 2 else None, down=columns.T.contiguous())
         )

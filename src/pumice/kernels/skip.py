@@ -1,9 +1,10 @@
 """Skip: products that read only what a token needs, for few rows of fp32 or bf16 on the CPU.
 
-SkipColumns   y = W (x ⊙ live) + b           live: score(x) > τ; the other columns of W are not read
+SkipColumns   y = W (x ⊙ live) + b           live: score(x) > τ, or all but so many; the other columns of W are not
+                                             read
 SkipNeurons   y = down (a ⊙ live) + b        a = act(gate x) ⊙ up x; live by the first of the two; of the dead
                                              neurons the rows of the second and the columns of down are not read; or
-                                             live as it is said, then none of their rows is
+                                             live as it is said or as a router has it, then none of their rows is
 """
 
 from __future__ import annotations
@@ -76,12 +77,18 @@ class _Skip:
 
 
 class SkipColumns(_Skip):
-    """A matrix whose columns are read where w_i·|x_i| > τ. `columns`: its transpose [in, out], contiguous."""
+    """A matrix whose columns are read where w_i·|x_i| > τ. `columns`: its transpose [in, out], contiguous.
+
+    With `drop` it is all but the `drop` least of every `block` columns, or of all, the first of equals going first.
+    """
 
     def __init__(self, columns: Tensor, bias: Tensor | None, tau: float, weight: Tensor | None = None,
-                 isa: Isa | None = None) -> None:  # fmt: skip
+                 isa: Isa | None = None, *, drop: int = 0, block: int = 0) -> None:  # fmt: skip
+        block = block or len(columns)
+        if not 0 <= drop <= block or len(columns) % block:
+            raise PumiceError(f"of {len(columns)} columns in blocks of {block}, {drop} of each cannot be left out.")
         down, weight = _down(columns, bias), None if weight is None else weight.float().contiguous()
-        units = Units(down=_matrix(down), weight=pointer(weight), tau=tau)
+        units = Units(down=_matrix(down), weight=pointer(weight), tau=tau, group=1, drop=drop, block=block)
         super().__init__(units, [down.weight, down.bias, weight], columns.shape[1], columns.dtype, isa)
 
 
@@ -91,18 +98,23 @@ class SkipNeurons(_Skip):
     `first` [units, d] tells: by w·|act(z)| with `scored`, else by w·|z|. `second` is the other matrix of a gated FFN;
     `first_is_gate` says to which of the two `activation` belongs. `columns` is down's transpose [units, out].
     With `near`, 4-bit copies of `first` (the gate then, or the one matrix there is) and of `second`, it is those that
-    tell: by w·|act(ẑ)·û|.
+    tell: by w·|act(ẑ)·û|. With a `router` [groups, d] it is that: neighbours run together where router·x > τ.
     """
 
     def __init__(self, first: Rows, second: Rows | None, columns: Tensor, bias: Tensor | None, *, activation: str,
                  tau: float, weight: Tensor | None = None, scored: bool = True, first_is_gate: bool = True,
-                 near: Sequence[Store] = (), isa: Isa | None = None) -> None:  # fmt: skip
-        parts = [_rows(first), _rows(second), _down(columns, bias)]
+                 near: Sequence[Store] = (), router: Rows | None = None, isa: Isa | None = None) -> None:  # fmt: skip
+        parts = [_rows(first), _rows(second), _down(columns, bias), _rows(router)]
+        group = 1 if router is None else len(columns) // len(router.weight)
+        if router is not None and group * len(router.weight) != len(columns):
+            raise PumiceError(f"{len(router.weight)} groups of {len(columns)} neurons are not equal.")
         weight = None if weight is None else weight.float().contiguous()
         units = Units(
             first=_matrix(parts[0]),
             second=_matrix(parts[1]),
             down=_matrix(parts[2]),
+            router=_matrix(parts[3]),
+            group=group,
             **{f"near_{at}": _codes(store) for at, store in zip(("first", "second"), near, strict=False)},
             weight=pointer(weight),
             tau=tau,

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pumice.budget import removed
 from pumice.errors import PumiceError
-from pumice.forms import Copied, Factored, Levels, Magnitude, Predicted, Projected, Select, Threshold
+from pumice.forms import Copied, Factored, Levels, Magnitude, Predicted, Projected, Select, Threshold, TopK
 from pumice.kernels.cpu.library import library
 from pumice.kernels.planes import ReadPlanes
 from pumice.kernels.select import Net, bucket, columns_pay, neurons_pay, percent, planes_pay
@@ -50,7 +51,9 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
     modules = {part.module: get(part.module) for part in site.parts.values()}
     out = site.matrix(site.out_role)
     told = isinstance(form.score, (Predicted, Factored))
-    if not (told or isinstance(form.cut, (Threshold, Levels))) or site.expert is not None or site.kind == "experts":
+    ranked = isinstance(form.cut, TopK) and isinstance(form.score, Magnitude)
+    cuts = told or ranked or isinstance(form.cut, (Threshold, Levels))
+    if not cuts or site.expert is not None or site.kind == "experts":
         return None
     if (site.kind == "heads" or form.group > 1) and not told:  # a head's or a group's norm is no column's
         return None
@@ -90,14 +93,16 @@ def _tells(site: Site, score) -> bool:
 def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bool) -> Skipping | None:
     part, matrix = site.parts[site.out_role], site.matrix(site.out_role)
     (out, units), dtype = matrix.shape, matrix.dtype
-    pays = (
-        _yes if always else cache(lambda rows: columns_pay(out, units, percent(1 - form.sparsity), bucket(rows), dtype))
-    )
+    known = (out, units, percent(1 - form.sparsity))
+    block = (form.cut.block or units) if isinstance(form.cut, TopK) else 0
+    pays = _yes if always else cache(lambda rows: columns_pay(*known, bucket(rows), dtype, block))
     if not pays(1):
         return None
     columns, scores = _laid_out(site, modules[part.module]), isinstance(form.score, Magnitude)
-    tau, weight = (form.cut.tau, form.score.weight) if scores else (0.0, None)
-    product = SkipColumns(columns, _bias(form, modules[part.module]), tau, weight)
+    tau = form.cut.tau if scores and not block else 0.0
+    drop = removed(block, form.cut.sparsity) if block else 0
+    bias, weight = _bias(form, modules[part.module]), form.score.weight if scores else None
+    product = SkipColumns(columns, bias, tau, weight, drop=drop, block=block)
     return Skipping(part.module, False, product, Unchanged([modules[part.module]]), pays, scores)
 
 
@@ -114,11 +119,12 @@ def _planes(selection: TokenSelection, module: nn.Module, always: bool) -> Skipp
 def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, always: bool) -> Skipping | None:
     score, units = form.score, torch.arange(site.units)
     copied, told = isinstance(score, Copied), isinstance(score, (Predicted, Factored))
+    routed = told and _routed(form)
     tells = site.in_roles[0] if copied or told else score.role
     down = site.matrix("down")
     shape, dtype = (site.matrix(tells).shape[1], site.units, down.shape[0]), down.dtype
     by = "copies" if copied else _net(score) if told else "first"
-    known = (len(site.parts), by, percent(1 - form.sparsity))
+    known = (len(site.parts), by, percent(1 - form.sparsity), routed)
     pays = _yes if always else cache(lambda n: neurons_pay(*shape, *known, bucket(n), dtype))
     if not pays(1):
         return None
@@ -138,13 +144,21 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
         columns,
         _bias(form, modules[site.parts["down"].module]),
         activation=site.activation,
-        tau=0.0 if told else form.cut.tau,
+        tau=0.0 if told and not routed else form.cut.tau,
         weight=None if told else score.weight,
         scored=told or bool(score.activation),
         first_is_gate=tells == "gate" or other is None,
         near=[copy(role).store for role in site.in_roles] if copied else (),
+        router=Rows(weight=score.second, bias=score.offset) if routed else None,
     )
-    return Skipping(site.whole, True, product, Unchanged(modules.values()), pays, True, told)
+    return Skipping(site.whole, True, product, Unchanged(modules.values()), pays, True, told and not routed)
+
+
+def _routed(form: Select) -> bool:
+    """Whether the kernel can ask the net itself: one matrix and a threshold, of neighbours."""
+    score = form.score
+    plain = isinstance(score, Predicted) and score.first is None and score.members is None and not score.source
+    return plain and not score.unit and not score.scaled and isinstance(form.cut, Threshold)
 
 
 def _bias(form: Select, module: nn.Module) -> Tensor | None:

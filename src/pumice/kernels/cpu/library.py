@@ -12,7 +12,7 @@ import torch
 
 from pumice.errors import PumiceError
 
-VERSION = 5  # of the interface in api.cpp
+VERSION = 6  # of the interface in api.cpp
 _NAMES = ("libpumice_cpu.so", "libpumice_cpu.dylib", "pumice_cpu.dll")
 
 
@@ -40,11 +40,15 @@ class Units(ctypes.Structure):
         ("down", Matrix),
         ("near_first", Matrix),
         ("near_second", Matrix),
+        ("router", Matrix),
         ("weight", c_void_p),
         ("tau", c_float),
         ("activation", c_int32),
         ("scored", c_int32),
         ("gated_by", c_int32),
+        ("group", c_int64),
+        ("drop", c_int64),
+        ("block", c_int64),
     )
 
 

@@ -17,11 +17,14 @@ struct Units {
     Matrix second;  // the other of the two; no values: there is none
     Matrix down;    // [units, out], a row for each unit; its bias is [out]
     Matrix near_first, near_second;  // 4-bit copies that choose before the matrices themselves are read, or none
+    Matrix router;        // [units / group, d]: neighbours that are live together by router·x, or none
     const float* weight;  // of each unit in the score, or null
     float tau;
     int32_t activation;   // of the gate, or of the one matrix there is
     int32_t scored;       // whether the score is of act(z) and not of z
     int32_t gated_by;     // 1: the first matrix is the gate; 2: the second
+    int64_t group;        // units for each row of the router; 1 without one
+    int64_t drop, block;  // of a bare matrix, in place of tau: how many of every `block` units go; 0: tau decides
 };
 
 namespace {
@@ -52,6 +55,7 @@ struct Work {
     Rounded rounded;  // the same for the copies
     float* a;         // [n, units]: in, what units give; of a bare matrix x itself
     float* other;     // [n, units]
+    float* routes;    // [n, units / group]
     int32_t* live;    // [units]: those of thread t begin at the first unit of t
     int64_t* counts;  // [threads]
     float* y;         // [n, out]
@@ -66,11 +70,16 @@ struct Work {
     }
 
     // Whether a unit is known before its matrices are read.
-    bool early() const { return given || u->near_first.values; }
+    bool early() const { return given || u->router.values || u->near_first.values; }
 
     bool is_live(float score, int64_t unit) const {
         if (u->weight) score *= u->weight[unit];
         return !(score <= u->tau);
+    }
+
+    bool is_routed(int row, int64_t group) const {
+        const float score = routes[row * u->router.out + group];
+        return !(score + (u->router.bias ? u->router.bias[group] : 0.0f) <= u->tau);
     }
 
     // |act(z)·o| or |z|, of which z and o are what the matrices, or their copies, gave; z gets its bias.
@@ -86,12 +95,13 @@ struct Work {
         constexpr int64_t CHUNK = 64;  // so that a matrix streams
         const int64_t units = u->down.out;
         int64_t found = 0, own_found = 0;
+        if (u->router.values && !given) product(u->router, x, n, routes, first / u->group, last / u->group);
         for (int64_t start = first; start < last; start += CHUNK) {
             const int64_t end = start + CHUNK < last ? start + CHUNK : last;
             if (!given && u->near_first.values) {
                 near(u->near_first, rounded, n, a, start, end);
                 if (u->near_second.values) near(u->near_second, rounded, n, other, start, end);
-            } else if (!given && u->first.values) {
+            } else if (!early() && u->first.values) {
                 product(u->first, x, n, a, start, end);
             }
             for (int64_t unit = start; unit < end; ++unit) {
@@ -99,7 +109,9 @@ struct Work {
                 for (int r = 0; r < n; ++r) {
                     float& z = a[r * units + unit];
                     float& o = other[r * units + unit];
-                    const bool one = given ? given[r * units + unit] : is_live(size(z, o, unit), unit);
+                    const bool one = given              ? given[r * units + unit]
+                                     : u->router.values ? is_routed(r, unit / u->group)
+                                                        : is_live(size(z, o, unit), unit);
                     any |= one;
                     own_found += one;
                     if (u->first.values) o = one;
@@ -157,6 +169,23 @@ void round(const float* x, int64_t n, int64_t columns, int8_t* codes, float* sca
     }
 }
 
+// Of every block of x [n, units] all but the `drop` least by weight·|x|, the first of equals dropped first: [n, units].
+void largest(const Units& u, const float* x, int64_t n, float* scratch, uint8_t* chosen) {
+    const int64_t units = u.down.out;
+    for (int64_t start = 0; start < n * units; start += u.block) {
+        float* ranked = scratch + u.block;
+        for (int64_t i = 0; i < u.block; ++i) {
+            const float size = std::fabs(x[start + i]) * (u.weight ? u.weight[(start + i) % units] : 1.0f);
+            scratch[i] = ranked[i] = std::isnan(size) ? INFINITY : size;  // NaN stays live and is seen
+        }
+        std::nth_element(ranked, ranked + u.drop - 1, ranked + u.block);
+        const float cut = ranked[u.drop - 1];
+        int64_t ties = std::count(ranked, ranked + u.drop, cut);  // nothing before it is larger
+        for (int64_t i = 0; i < u.block; ++i)
+            chosen[start + i] = !(scratch[i] < cut || (scratch[i] == cut && ties-- > 0));
+    }
+}
+
 int64_t even(int64_t n, int64_t part, int64_t parts, int64_t step) {  // where a thread's share of n begins
     const int64_t at = n / step * part / parts * step;
     return part >= parts ? n : at;
@@ -171,7 +200,8 @@ void choose_in_thread(void* data) {
     Shared& s = *static_cast<Shared*>(data);
     const int64_t me = thread_number(), parts = std::min(int64_t(thread_count()), THREADS), units = s.w->u->down.out;
     if (me >= parts) return;
-    s.w->choose(even(units, me, parts, 1), even(units, me + 1, parts, 1), &s.w->counts[me], &s.owns[me]);
+    const int64_t group = s.w->u->group;
+    s.w->choose(even(units, me, parts, group), even(units, me + 1, parts, group), &s.w->counts[me], &s.owns[me]);
 }
 
 void accumulate_in_thread(void* data) {
@@ -194,7 +224,7 @@ void run(Work& w) {
     while (parts < THREADS && w.counts[parts] >= 0) ++parts;
     w.total = w.own = 0;
     for (int64_t t = 0; t < parts; ++t) {  // the lists of the threads, one behind the other
-        const int64_t from = even(units, t, parts, 1);
+        const int64_t from = even(units, t, parts, w.u->group);
         if (w.total != from) std::memmove(w.live + w.total, w.live + from, size_t(w.counts[t]) * sizeof(int32_t));
         w.total += w.counts[t];
         w.own += s.owns[t];
@@ -215,7 +245,7 @@ using namespace pumice;
 // rows of x together), and the sum over rows of x of the units that are live for it. 0: done; 1: no memory.
 PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units, void* y, int64_t n, int io, int avx,
                        int64_t* read) {
-    static thread_local Scratch wide, given, others, sums, lists, bytes, steps;
+    static thread_local Scratch wide, given, others, sums, lists, bytes, steps, ranks, groups_of;
     Product product = portable;
     Accumulate accumulate = portable_accumulate;
     Near near = portable_near;
@@ -229,7 +259,8 @@ PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units,
     float* total = io == F32 ? static_cast<float*>(y) : sums.of(n * out);
     int32_t* live = reinterpret_cast<int32_t*>(lists.of(units));
     float* columns = u->first.values ? wide.of(n * padded(u->first)) : a;
-    if (!a || !other || !total || !live || !columns) return 1;
+    float* routes = u->router.values ? groups_of.of(n * u->router.out) : a;
+    if (!a || !other || !total || !live || !columns || !routes) return 1;
     widen(x, io, n, d, u->first.values ? padded(u->first) : units, columns);
     Rounded rounded{nullptr, nullptr};
     if (!live_units && u->near_first.values) {
@@ -239,7 +270,14 @@ PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units,
         round(columns, n, padded(u->first), codes, scales);
         rounded = {codes, scales};
     }
-    Work w{u, live_units, product, accumulate, near, columns, rounded, a, other, live, counts, total, int(n), 0, 0};
+    if (!live_units && u->drop) {
+        float* scratch = ranks.of(2 * u->block);
+        uint8_t* chosen = reinterpret_cast<uint8_t*>(bytes.of((n * units + 3) / 4));
+        if (!scratch || !chosen) return 1;
+        largest(*u, columns, n, scratch, chosen);
+        live_units = chosen;
+    }
+    Work w{u, live_units, product, accumulate, near, columns, rounded, a, other, routes, live, counts, total, int(n), 0, 0};
     run(w);
     for (int64_t r = 0; r < n; ++r)
         for (int64_t j = 0; j < out; ++j) {
