@@ -1,6 +1,6 @@
 """Claim: at 7B shapes a token's live neurons alone are read, at three quarters of the memory's bandwidth or more.
 
-    python bench/skip.py              two shapes, two kinds, five products: about 3 minutes
+    python bench/skip.py              two shapes, two kinds, six products: about 2 minutes
 
 Expected before measuring, for one row of input: a product is bound by the bytes that remain, so against dense
 
@@ -9,6 +9,7 @@ Expected before measuring, for one row of input: a product is bound by the bytes
     neurons    3 / (1 + 2·live)                   the gate whole, then the live rows and columns (CATS)
     copies     3·bits / (3·live·bits + 2·4.5)     4-bit copies of two matrices, then the live neurons (lowbit)
     route      3 / (3·live + 1/32 · 32/bits)      a router in fp32, then the experts of 32 that it names (LTE)
+    block      (3F + 4d) / (route's F + 4d)       route, with q, k, v and o of [d, d] dense: a block without its cache
 
 Dense is torch's, and where that does not reach the memory's bandwidth a ratio can exceed the bound. Other processes
 disturb ratios: all run in turn, and medians are taken. `share_of_bandwidth` is the rate at which the bytes that remain
@@ -38,11 +39,18 @@ SPARSITIES = (0.5, 0.7, 0.9)
 EXPERT = 32  # neurons
 SPREAD = 128 << 20  # bytes over which the copies of an FFN lie, so that no cache holds them
 READ = 512 << 20  # bytes of the array whose sum is the bandwidth
+NAMES = ("dense", "neurons", "copies", "route", "dense_down", "columns", "largest", "dense_block", "block")
 SECONDS = 2.0  # of timing for each set of products
 
 
 def dense_ffn(x, gate, up, down):
     return F.linear(F.silu(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def projected(x, matrices: list, ffn) -> torch.Tensor:
+    for matrix in matrices:
+        F.linear(x, matrix)
+    return ffn(x)
 
 
 def cut(scores: torch.Tensor, sparsity: float) -> float:
@@ -51,9 +59,7 @@ def cut(scores: torch.Tensor, sparsity: float) -> float:
 
 def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[str, list]:
     """The same work in every way, on as many copies as leave the caches."""
-    found: dict[str, list] = {
-        name: [] for name in ("dense", "neurons", "copies", "route", "dense_down", "columns", "largest")
-    }
+    found: dict[str, list] = {name: [] for name in NAMES}
     x, a = torch.randn(1, d).to(dtype), torch.randn(1, units).to(dtype)
     for _ in range(max(2, SPREAD // (3 * d * units * dtype.itemsize))):
         gate, up = ((torch.randn(units, d) * d**-0.5).to(dtype) for _ in range(2))
@@ -68,6 +74,10 @@ def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[st
         router = torch.randn(units // EXPERT, d)
         tau = F.linear(x.float(), router).kthvalue(round(units // EXPERT * sparsity)).values.item()
         found["route"].append(partial(build(tau=tau, router=Rows(weight=router)), x))
+        attention = [torch.randn(d, d).to(dtype) for _ in range(4)]
+        whole = partial(dense_ffn, gate=gate, up=up, down=down)
+        found["dense_block"].append(partial(projected, x, attention, whole))
+        found["block"].append(partial(projected, x, attention, found["route"][-1].func))
         found["dense_down"].append(partial(F.linear, a, down))
         found["columns"].append(partial(SkipColumns(columns, None, cut(a, sparsity)), a))
         found["largest"].append(partial(SkipColumns(columns, None, 0.0, drop=removed(units, sparsity)), a))
@@ -93,9 +103,13 @@ def measure(d: int, units: int, dtype: torch.dtype, sparsity: float) -> list[dic
     left = {"neurons": matrix * (1 + 2 * live), "copies": 3 * live * matrix + copies, "columns": live * matrix}
     left["largest"] = left["columns"]
     left["route"] = 3 * live * matrix + 4 * d * units / EXPERT
+    attention = 4 * d * d * dtype.itemsize
+    left["block"] = left["route"] + attention
     rows = []
     for name, bytes_left in left.items():
         dense, whole = ("dense_down", matrix) if name in ("columns", "largest") else ("dense", 3 * matrix)
+        if name == "block":
+            dense, whole = "dense_block", 3 * matrix + attention
         one = {"product": name, "d": d, "neurons": units, "dtype": str(dtype)[6:], "sparsity": sparsity}
         one |= {"dense_us": medians[dense] * 1e6, "skip_us": medians[name] * 1e6}
         one |= {"speedup": medians[dense] / medians[name], "bytes_bound": whole / bytes_left}
