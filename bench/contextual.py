@@ -1,7 +1,7 @@
 """Claim: at equal bytes a token, low-bit copies and planes of bits lose less than what an open gate chooses (CATS).
 
     python bench/contextual.py --test FILE --c4 FILE [--model MODEL] [--name NAME] [--only REGEX] [--tasks DIR]  hours
-    python bench/contextual.py --table                                                                   the table alone
+    python bench/contextual.py --table                                                   the table and the picture alone
 
 Thresholds calibrated on 16 × 512 tokens of C4, perplexity on 64 windows of 512 of WikiText-2 test, every position but
 the first sparse; on 16 of the windows also the KL to dense and how often both say the same token. With `--tasks`, the
@@ -29,7 +29,9 @@ and the same in the codes that the model was stored in (`native`), where CATS at
 `planes` at half of the FFN's bytes too, and dense with the FFN rounded to formats that a user could take in its place.
 lowbit and contribution add the mean of what is dropped, which CATS as published does not; `cats, compensated` does.
 `bytes` is what the achieved share of live units on the test text then reads. Ratios are to dense, paired
-bootstrap over windows. Each row is added to the results when it is done; a killed bench goes on.
+bootstrap over windows. `faster`: decoding after 64 tokens in fp32, dense and sparse in turn in one run, medians of 96
+tokens each; beside it in the results the bytes of a token, head and nets included. Each row is added to the results
+when it is done; a killed bench goes on.
 
 Expected: contribution < lowbit < countdown < cats < wina < teal, and lowbit loses at most half of what CATS loses; nets
 behind all of these, since they were made for ReLU; planes lose at most half of what CATS loses. Found: planes lose 0.15
@@ -62,6 +64,7 @@ from pumice.calib.data import tokens
 from pumice.disk import write
 from pumice.eval.agreement import agreement
 from pumice.eval.perplexity import combine, paired_ratio, perplexity
+from pumice.eval.speed import compare
 from pumice.eval.tasks import TaskScores, paired_difference, task_scores
 from pumice.methods.token.shadowllm import SHARE
 from pumice.report.rows import machine
@@ -150,6 +153,18 @@ def against(found: TaskScores, dense: TaskScores) -> dict:
     return rows
 
 
+def decoded(model, plan, text) -> dict:
+    """One token at a time in fp32: milliseconds and bytes, dense and sparse."""
+    twin = plan.attach(copy.deepcopy(model), check=False)
+    found = compare({"dense": model, "sparse": twin}, text.ids[:1, :64])
+    return {
+        "ms": [round(found[way].decode_ms, 3) for way in found],
+        "token_bytes": [found[way].effective_bytes for way in found],
+        "faster": round(found["dense"].decode_ms / found["sparse"].decode_ms, 3),
+        "ran": sorted({selection.ran for selection in twin.pumice.selections.values()}),
+    }
+
+
 def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> dict:
     method, settings = METHODS[name]
     sparsity = round(cost.sparsity(share), 4)
@@ -180,7 +195,9 @@ def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> di
         "kl": round(alike.kl, 4),
         "same_token": round(alike.same, 4),
         **found_by_nets,
+        **decoded(model, plan, text),
         **({"tasks": on_tasks(twin)} if on_tasks else {}),
+        "text": text.protocol["sha256"],
         "losses": [round(loss, 6) for loss in found.losses],
     }
 
@@ -227,7 +244,7 @@ def table(data: dict) -> str:
     for name, model in data["models"].items():
         lines += [f"\n{name}, dense {model['perplexity']:.2f}\n"]
         header = ["method", "sparsity", "live", "bytes of the FFN", "perplexity", "× dense [95 %]", "loss / CATS's"]
-        header += ["KL", "same token"]
+        header += ["KL", "same token", "faster"]
         lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for row in sorted(model["rows"].values(), key=lambda row: (-row["share"], row["perplexity"])):
             bytes_read = "measure" if row["method"] == "contribution" else f"{row['bytes']:.3f}"
@@ -236,10 +253,38 @@ def table(data: dict) -> str:
             cells = [row["method"], *(f"{row[part]:.3f}" if part in row else "" for part in ("sparsity", "density"))]
             cells += [bytes_read]
             cells += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", ratio, row.get("loss_over_that_of_cats", "")]
-            cells += [f"{row[part]:.3f}" if part in row else "" for part in ("kl", "same_token")]
+            cells += [f"{row[part]:.3f}" if part in row else "" for part in ("kl", "same_token", "faster")]
             lines.append(f"| {' | '.join(map(str, cells))} |")
         lines += table_of_tasks(model["rows"])
     return "\n".join(lines)
+
+
+def plot(data: dict) -> None:
+    """Perplexity over bytes, a panel for each model and each way of counting bytes."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("\nNo picture without matplotlib: pip install 'pumice[plot]', then --table.")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    panels = {}
+    for name, model in data["models"].items():
+        for key, row in model["rows"].items():
+            of = "in the codes that it was stored in" if "native" in key else "in 16 bits a weight"
+            panels.setdefault((name, of), []).append(row)
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.6), squeeze=False)
+    for axis, ((name, of), rows) in zip(axes[0], panels.items(), strict=True):
+        for method in dict.fromkeys(row["method"] for row in rows):
+            points = sorted((row["bytes"], row["ratio_to_dense"][0]) for row in rows if row["method"] == method)
+            axis.plot(*zip(*points, strict=True), marker="s" if method.startswith("dense") else "o", label=method)
+        axis.axhline(1.0, color="grey", linestyle=":")
+        axis.set(title=name, xlabel=f"bytes of the FFN that a token reads, {of}", yscale="log")
+        axis.legend(fontsize=7)
+    axes[0][0].set_ylabel("perplexity over dense, WikiText-2 test")
+    figure.tight_layout()
+    figure.savefig(RESULTS.with_suffix(".svg"))
 
 
 def table_of_tasks(rows: dict) -> list[str]:
@@ -313,6 +358,7 @@ def main() -> None:
             save()
             print(key, mine["rows"][key]["perplexity"], mine["rows"][key]["bytes"], flush=True)
     print(table(finished(data)))
+    plot(data)
 
 
 if __name__ == "__main__":
