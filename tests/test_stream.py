@@ -233,6 +233,40 @@ def test_a_killed_run_goes_on_to_the_same_bits(family, where, left, cache, monke
     assert not (cache / "journal").exists()
 
 
+@pytest.mark.parametrize("method", [
+    {"method": "admm", "where": "*.1.*"},  # the first block leaves the two streams one
+    {"method": "besa", "lr": 0.5, "allocation": "besa(lr=0.5)"},  # the method and the allocation are two works
+], ids=str)  # fmt: skip
+def test_works_with_two_streams_or_two_parts_go_on_too(method, cache):
+    model = tiny("llama", num_hidden_layers=3)
+    expected = pumice.sparsify(model, method, IDS, resume=False)
+    killed(lambda: pumice.sparsify(model, method, IDS), after_block(0))
+    assert_same_plan(pumice.sparsify(model, method, IDS), expected)
+    assert_same_plan(pumice.sparsify(model, method, IDS), expected)
+
+
+def test_a_recipe_that_is_killed_in_its_second_entry_has_done_the_first(cache, monkeypatch):
+    model = tiny("llama", num_hidden_layers=3)
+    recipe = [{"method": "wanda", "where": "*mlp*"}, {"method": "sparsegpt", "where": "*attn*"}]
+    expected = pumice.sparsify(model, recipe, IDS, resume=False)
+
+    def in_the_second():
+        write = journals.Journal.write
+
+        def fatal(self, block, forms, *written):
+            write(self, block, forms, *written)
+            if block == 1 and any("attn" in name for name in forms):
+                die()
+
+        journals.Journal.write = fatal
+
+    killed(lambda: pumice.sparsify(model, recipe, IDS), in_the_second)
+    plan, done = blocks_done(lambda: pumice.sparsify(model, recipe, IDS), monkeypatch)
+    assert done == [2]
+    assert_same_plan(plan, expected)
+    assert not (cache / "journal").exists()
+
+
 @pytest.mark.parametrize("change", ["ids", "valid", "method", "weights", "earlier method"])
 def test_another_run_does_not_take_over_what_a_killed_one_left(change, cache, monkeypatch):
     model, method, windows = tiny("llama"), Wanda(), tokens(IDS)

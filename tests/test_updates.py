@@ -1,7 +1,9 @@
 """SparseGPT, ADMM and DSnoT against their formulas, written down here without the tricks that make them fast."""
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 import pumice
 from pumice.arch.detect import detect
 from pumice.budget import NM, Free, Row, parse_pattern, removed
+from pumice.calib import stream
 from pumice.calib.stats import CrossMoment, Hessian, Moments
 from pumice.errors import PumiceError
 from pumice.hub.save import save
@@ -108,6 +111,67 @@ def test_inputs_that_are_always_zero_cost_nothing():
     hessian[3], hessian[:, 3] = 0, 0
     factor, _ = inverse_factor(hessian, 0.01)
     assert torch.isfinite(factor).all()
+
+
+def test_admm_spends_nothing_on_inputs_that_are_always_zero():
+    weight, hessian = layer(9, 20)
+    hessian[:5], hessian[:, :5] = 0, 0
+    hessian *= 1e-4  # live inputs far below 1
+    site = SimpleNamespace(weight=weight)
+    mask = ADMM(asymmetric=0.0).solve(site, Given({Hessian: hessian}))
+    assert not mask.keep[:, :5].any() and int(mask.keep.sum()) == 90
+    dead = ADMM(asymmetric=0.0).solve(site, Given({Hessian: torch.zeros(20, 20, dtype=torch.float64)}))
+    assert int(dead.keep.sum()) == 90 and dead.values.isfinite().all()
+
+
+class Given(dict):
+    """Statistics of a site, without a mask before."""
+
+    before = None
+
+
+@pytest.mark.parametrize("first", ["admm", "magnitude"])
+def test_a_target_is_no_part_of_the_loss(first):
+    recipe = [{"method": first}, {"method": "reconstruct", "reference": "stream", "hold": 0.0, "epochs": 2}]
+    plan = pumice.sparsify(tiny("llama"), recipe, IDS, resume=False)
+    assert all(form.values is not None for form in plan.weights.values())
+
+
+@pytest.mark.parametrize("recipe", [
+    {"method": "besa"}, {"method": "besa", "granularity": "layer"}, {"method": "wanda", "allocation": "besa"},
+    [{"method": "wanda", "where": "*layers.1*"}, {"method": "reconstruct"}],
+], ids=str)  # fmt: skip
+def test_blocks_without_a_site_are_passed_over(recipe):
+    entries = [{**entry, "where": "*layers.1*"} for entry in (recipe if isinstance(recipe, list) else [recipe])]
+    plan = pumice.sparsify(tiny("llama"), entries, IDS, resume=False)
+    assert len(plan.weights) == 7 and plan.sparsity() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_two_masks_of_a_matrix_are_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr("pumice.calib.work.stream", lambda *_, **__: pytest.fail("it began to work"))
+    with pytest.raises(PumiceError, match=r"wanda and sparsegpt both decide .* \(and 13 more sites\)"):
+        pumice.sparsify(tiny("llama"), [{"method": "wanda"}, {"method": "sparsegpt"}], IDS, resume=False)
+
+
+@pytest.mark.parametrize("second", ["admm", "wanda"])
+def test_masks_beside_thresholds_of_the_same_matrices(second, monkeypatch):
+    """The thresholds are no masks to start from, and the stream keeps them where matrices get masks too."""
+    model, ran = tiny("llama"), []
+    monkeypatch.setattr(stream, "choosing", lambda block, forms, valid: ran.append(set(forms)) or nullcontext())
+    plan = pumice.sparsify(model, [{"method": "teal"}, {"method": second, "where": "*mlp*"}], IDS, resume=False)
+    assert len(plan.select) == 14 and len(plan.weights) == 6
+    assert {len(names) for names in ran[-2:]} == {7}
+
+
+def test_the_dense_side_of_a_paired_statistic_is_dense(monkeypatch):
+    """Beside thresholds too, which run in the sparse stream alone."""
+    add, sides = CrossMoment.add, []
+    monkeypatch.setattr(CrossMoment, "add", lambda self, x, dense: sides.append(dense.clone()) or add(self, x, dense))
+    model = tiny("llama")
+    pumice.sparsify(model, ADMM(steps=1, gradual=1), IDS, resume=False)
+    alone, sides[:] = list(sides), []
+    pumice.sparsify(model, [{"method": "cats"}, {"method": "admm", "steps": 1, "gradual": 1}], IDS, resume=False)
+    assert len(alone) == len(sides) and all(torch.equal(*pair) for pair in zip(alone, sides, strict=True))
 
 
 def test_a_hessian_with_nan_is_refused():

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pumice import __version__, recipe
 from pumice.arch.detect import Arch, detect
 from pumice.arch.weights import Resident, Shards
+from pumice.budget import Budget
 from pumice.calib import parallel
 from pumice.calib.block import BlockRun
 from pumice.calib.chosen import chosen_by_token
@@ -37,7 +38,7 @@ from pumice.calib.work import Work
 from pumice.errors import PumiceError
 from pumice.forms import Form, Mask, Slim
 from pumice.hub.save import ShardWriter
-from pumice.plan import Plan, fingerprint_model
+from pumice.plan import Plan, decided_twice, fingerprint_model
 from pumice.runtime.attach import applied, attach, check_unspliced
 from pumice.sites import Block, Site
 
@@ -91,8 +92,9 @@ def sparsify(
     base["fingerprint"] = fingerprint_model(model)
     if after is not None:
         after = _beginning(after, chains[0][0], base["fingerprint"])
+    _check_overlap(model, chains)
     text: Windows | None = None
-    plan = Plan(base=base)
+    plan, opened = Plan(base=base), []
     for chain in chains:
         if needs_text(chain) and text is None:
             text = _windows(
@@ -100,12 +102,15 @@ def sparsify(
             )
         weights_so_far = replace(plan, select={})
         with applied(model, weights_so_far, exec="reference", check=False) if plan.weights else nullcontext():
-            journals = Journals(model, chain, text, base, after or plan, on=resume and needs_text(chain))
+            opened.append(
+                journals := Journals(model, chain, text, base, after or plan, on=resume and needs_text(chain))
+            )
             chosen = {name: form for name, form in plan.select.items() if chosen_by_token(form)}
             settings = {"journals": journals, "spill": Spill(memory), "after": after, "check": check, "chosen": chosen}
             plan = plan.merge(_solve(model, chain, text, Resident(model), base, **settings))
-        journals.finish()
         after = None
+    for journals in opened:  # all of them last: a recipe that is killed in a later entry has done the first
+        journals.finish()
     return _with_applied(model, plan) if plan.weights else plan
 
 
@@ -180,11 +185,9 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
     if needs_text(chain) and check:
         verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
     work = Work(model=model, arch=arch, windows=text, source=source, sites=sites, journals=journals, spill=spill)
-    given = {**chosen, **(after.weights if after is not None else {})}
-    known = [
-        *sites,
-        *(arch.sites[name] for name in given if name in arch.sites and name not in {s.name for s in sites}),
-    ]
+    given = after.weights if after is not None else {}
+    names = dict.fromkeys([*(site.name for site in sites), *(name for name in given if name in arch.sites)])
+    known = [arch.sites[name] for name in names]
     budgets = [work.shares(getattr(one, "allocation", "uniform"), getattr(one, "sparsity", 0.0)) for one in chain]
     mine = {site.name for site in sites}
     theirs = [mine & {site.name for site in matching(arch, one)} for one in chain]
@@ -196,15 +199,15 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
         run.before = {site.name: given[site.name] for site in run.block.sites if site.name in given}
         for one, run.budget, names in zip(ready, budgets, theirs, strict=True):
             run.sites = [site for site in run.block.sites if site.name in names]
-            run.before = {**run.before, **_decide(one, run)}
+            if run.sites:
+                run.before = {**run.before, **_decide(one, run)}
         return run.before
 
     rows = [one.rows for one in chain if getattr(one, "rows", None)]
     rows += [max(1, GROUP // text.ids.shape[1])] if sequential else []
     dense = any(getattr(one, "reference", "") == "dense" for one in chain)
-    settings = {"needs": needs, "rows": min(rows, default=None), "dense": dense, "done": done}
+    settings = {"needs": needs, "rows": min(rows, default=None), "dense": dense, "done": done, "chosen": chosen}
     forms = work.stream(decide, _named(chain), sites=known, **settings)
-    forms = {name: form for name, form in forms.items() if chosen.get(name) is not form}  # those of the plan before
     weights = {name: form for name, form in forms.items() if isinstance(form, (Mask, Slim))}
     return Plan(
         weights=weights,
@@ -262,6 +265,17 @@ def _check_slims(methods: list[Any], after: Plan | None) -> None:
             f"{slim} makes a smaller model, so it goes alone. Save that first (`pumice sparsify MODEL --method {slim} "
             "--out DIR`), then give DIR as the model of the next method."
         )
+
+
+def _check_overlap(model: nn.Module, chains: list[list[Any]]) -> None:
+    """Refuse two masks of one matrix before hours of work and not after."""
+    masks = [chain for chain in chains if isinstance(chain[0], Budget)]
+    taken: dict[str, str] = {}
+    for chain in masks if len(masks) > 1 else ():
+        names = [site.name for site in matching(detect(model), chain[0])]
+        if both := sorted(taken.keys() & set(names)):
+            raise decided_twice(taken[both[0]], _named(chain), both)
+        taken |= dict.fromkeys(names, _named(chain))
 
 
 def _check_trained(methods: list[Any]) -> None:

@@ -49,10 +49,7 @@ class Plan:
         for ours, theirs in ((self.weights, later.weights), (self.select, later.select)):
             both = sorted(ours.keys() & theirs.keys())
             if both:
-                raise PumiceError(
-                    f"{_names(self)} and {_names(later)} both decide {both[0]} (and {len(both) - 1} more sites). "
-                    f"Keep one of them, or give each its own sites with `where`."
-                )
+                raise decided_twice(_names(self), _names(later), both)
         notes = [*self.measurements.get("notes", []), *later.measurements.get("notes", [])]
         return replace(
             later,
@@ -170,6 +167,13 @@ def read_json(folder: Path) -> dict:
 
 def slims_of(plan: Plan) -> dict[str, Slim]:
     return {name: form for name, form in plan.weights.items() if isinstance(form, Slim)}
+
+
+def decided_twice(one: str, other: str, sites: list[str]) -> PumiceError:
+    more = f" (and {len(sites) - 1} more sites)" if len(sites) > 1 else ""
+    return PumiceError(
+        f"{one} and {other} both decide {sites[0]}{more}. Keep one of them, or give each its own sites with `where`."
+    )
 
 
 def _names(plan: Plan) -> str:

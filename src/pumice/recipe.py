@@ -33,7 +33,8 @@ def allocation(text: str) -> Any:
     known = registry.allocations()
     if match is None or match[1] not in known:
         raise unknown("allocation", str(text), ["uniform", *known])
-    pairs = [pair.partition("=") for pair in (match[2] or "").split(",") if pair.strip()]
+    # commas within the brackets of another allocation are its own
+    pairs = [pair.partition("=") for pair in re.split(r",(?![^(]*\))", match[2] or "") if pair.strip()]
     settings = {key.strip(): value.strip() for key, _, value in pairs}
     if "where" in settings:
         raise PumiceError(f"an allocation is over the sites of its method: give `where` to that, not to {match[1]}.")
@@ -44,7 +45,7 @@ def chains(methods: list[Any]) -> list[list[Any]]:
     """Methods that run in one pass: each that refines the masks of another joins the one before it."""
     found: list[list[Any]] = []
     for one in methods:
-        if found and (one.refines is True or (one.refines == "optional" and _same_sites(one, found[-1][-1]))):
+        if found and (one.refines is True or (one.refines == "optional" and _masks(found[-1], one))):
             found[-1].append(one)
         else:
             found.append([one])
@@ -61,8 +62,10 @@ def check_start(methods: list[Any], after: bool) -> None:
         )
 
 
-def _same_sites(one: Any, other: Any) -> bool:
-    return (one.kinds, one.where) == (other.kinds, other.where)
+def _masks(chain: list[Any], one: Any) -> bool:
+    """Whether the chain makes masks at the sites of `one`."""
+    last = chain[-1]
+    return hasattr(chain[0], "pattern") and (one.kinds, one.where) == (last.kinds, last.where)
 
 
 def _build(cls: type, name: str, settings: dict[str, Any]) -> Any:

@@ -54,7 +54,8 @@ class Samples:
 class BlockRun:
     """What a method decides from. `before` holds the Masks that an earlier method of the recipe made in this block.
 
-    `budget` is the sparsity of each site where an allocation says it.
+    `chosen` are the Selects of scope `token` that the block's tokens run with meanwhile; `budget` is the sparsity of
+    each site where an allocation says it.
     """
 
     block: Block
@@ -63,6 +64,7 @@ class BlockRun:
     samples: Samples | None
     notes: list[str]
     before: dict[str, Form] = field(default_factory=dict)
+    chosen: Mapping[str, Form] = field(default_factory=dict)
     budget: Mapping[str, float] = field(default_factory=dict)
     measure: Callable[[list[Site], tuple[type, ...], dict[str, Form]], dict] | None = None
 

@@ -38,9 +38,11 @@ def reverse(work: Work, visit: Visit, *, taps: bool = False, title: str = "gradi
         inputs = []
         for block in tqdm(arch.blocks, desc=title.replace(":", " forward:"), unit="block", leave=False):
             source.load(block.module, block.name)
-            inputs.append(replays.streams["sparse"])
-            replays.streams["sparse"] = replays.run(block, "sparse")
-            source.release(block.module, block.name)
+            try:
+                inputs.append(replays.streams["sparse"])
+                replays.streams["sparse"] = replays.run(block, "sparse")
+            finally:
+                source.release(block.module, block.name)
         grads = _head(work, replays, output)
         for block in tqdm(arch.blocks[::-1], desc=title, unit="block", leave=False):
             source.load(block.module, block.name)

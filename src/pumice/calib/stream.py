@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -61,17 +62,19 @@ def stream(
     notes: list[str] | None = None,
     journal: Journal | None = None,
     done: Callable[[Block, dict[str, Form]], None] | None = None,
+    chosen: Mapping[str, Form] = MappingProxyType({}),
     title: str = "blocks",
 ) -> dict[str, Form]:
     """Forms of `sites` by name. `done(block, forms)` is called while the block is resident with its forms applied.
 
     `windows` may be None for methods that need no statistics: then no text runs through the model. `rows`: windows in
     one replay; None: as many as make 2048 tokens. `dense` keeps the stream of the dense model too. `notes` receives
-    what methods have to say.
+    what methods have to say. `chosen`: Selects of scope `token` by site, beside which everything is decided: the sparse
+    stream runs with them.
     """
-    chosen: dict[int, list[Site]] = {}
+    by_block: dict[int, list[Site]] = {}
     for site in sites:
-        chosen.setdefault(site.block, []).append(site)
+        by_block.setdefault(site.block, []).append(site)
     spill = spill or Spill()
     replays = start(model, arch, windows, source, rows, spill)[0] if needs or rows or dense else None
     if replays is not None and dense:
@@ -92,7 +95,7 @@ def stream(
             said: list[str] = []
             source.load(block.module, block.name)
             try:
-                solved = _one_block(block, chosen.get(block.index, []), needs, replays, decide, said)
+                solved = _one_block(block, by_block.get(block.index, []), needs, replays, decide, said, chosen)
                 if done is not None:
                     done(block, solved)
             finally:
@@ -108,21 +111,22 @@ def stream(
 
 
 def _one_block(
-    block: Block, sites: list[Site], needs, replays: Replays | None, decide: Decide, notes: list[str]
-) -> dict[str, Form]:
+    block: Block, sites: list[Site], needs, replays: Replays | None, decide: Decide, notes: list[str],
+    chosen: Mapping[str, Form],
+) -> dict[str, Form]:  # fmt: skip
     collected: dict[tuple[str, type], Stat] = {}
     outputs = dense = None
     if replays is not None:
-        both = any(getattr(need, "paired", False) for need in needs)
         own = replays.streams.get("dense", replays.streams["sparse"]) is not replays.streams["sparse"]
         if needs:
             with collecting(block, sites, needs, collected, replays):
-                outputs, dense = replays.run_both(block) if both else (replays.run(block, "sparse"), None)
-        if "dense" in replays.streams and dense is None:
+                outputs = replays.run(block, "sparse")
+        if "dense" in replays.streams:
             dense = replays.run(block, "dense") if own or outputs is None else outputs
             outputs = outputs if own else dense
     samples = Samples(block, replays, outputs, dense) if replays is not None else None
-    run = BlockRun(block=block, sites=sites, collected=collected, samples=samples, notes=notes)
+    mine = {site.name: chosen[site.name] for site in block.sites if site.name in chosen}
+    run = BlockRun(block=block, sites=sites, collected=collected, samples=samples, notes=notes, chosen=mine)
     run.measure = partial(_measure, run, replays)
     solved = decide(run)
     masks = {name: form for name, form in solved.items() if isinstance(form, Mask)}
@@ -135,8 +139,9 @@ def _one_block(
         if site.kind in ("ffn", "heads"):  # a router that has fewer experts is not made here
             _silence(site, form)
     if replays is not None:
-        with choosing(block, solved, replays.counted):
-            again = masks or slims or any(map(chosen_by_token, solved.values())) or outputs is None
+        selects = {**run.chosen, **{name: form for name, form in solved.items() if chosen_by_token(form)}}
+        with choosing(block, selects, replays.counted):
+            again = masks or slims or selects or outputs is None
             replays.streams["sparse"] = replays.run(block, "sparse") if again else outputs
         if "dense" in replays.streams:
             replays.streams["dense"] = dense
@@ -150,14 +155,13 @@ def _measure(run: BlockRun, replays: Replays, sites: list[Site], needs, forms: d
     both = any(getattr(need, "paired", False) for need in needs)
     masks = {name: form for name, form in forms.items() if isinstance(form, Mask)}
     parameters = run.parameters({s.name: masks[s.name].reference(s.weight) for s in run.sites if s.name in masks})
-    with (
-        choosing(run.block, {**run.before, **forms}, replays.counted),
-        collecting(run.block, sites, needs, collected, replays) as until_read,
-    ):
+    selects = {**run.chosen, **{name: form for name, form in forms.items() if chosen_by_token(form)}}
+    with collecting(run.block, sites, needs, collected, replays) as until_read:
         for group in range(len(replays.groups)):
             if both:
                 until_read(lambda group=group: replays.forward(run.block, group, "dense"))
-            until_read(lambda group=group: replays.forward(run.block, group, "sparse", parameters))
+            with choosing(run.block, selects, replays.counted):
+                until_read(lambda group=group: replays.forward(run.block, group, "sparse", parameters))
     return collected
 
 
@@ -199,16 +203,9 @@ class Replays:
         self.valid, calls = self.groups[group]
         return calls[block.index].with_hidden(hidden.to(self.valid.device))
 
+    @torch.no_grad()  # a target may be asked for where a loss is made
     def run(self, block: Block, stream: str) -> list[Tensor]:
         return [self._run(block, group, stream) for group in range(len(self.groups))]
-
-    def run_both(self, block: Block) -> tuple[list[Tensor], list[Tensor]]:
-        """Outputs of the sparse and of the dense stream; of each group the dense one runs first."""
-        dense, sparse = [], []
-        for group in range(len(self.groups)):
-            dense.append(self._run(block, group, "dense"))
-            sparse.append(self._run(block, group, "sparse"))
-        return sparse, dense
 
     def _run(self, block: Block, group: int, stream: str) -> Tensor:
         return self.spill.keep(self.forward(block, group, stream))
@@ -221,7 +218,10 @@ class Replays:
 
     def resume(self, streams: dict[str, list[Tensor]]) -> None:
         for name in self.streams:
-            self.streams[name] = [self.spill.keep(state.to(self.valid.device)) for state in streams[name]]
+            if name in streams:
+                self.streams[name] = [self.spill.keep(state.to(self.valid.device)) for state in streams[name]]
+        if "dense" in self.streams and "dense" not in streams:  # no block has parted the two yet
+            self.streams["dense"] = self.streams["sparse"]
 
 
 def start(

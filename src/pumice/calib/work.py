@@ -59,7 +59,7 @@ class Work:
         if allocation == "uniform":
             return {}
         way = recipe.allocation(allocation)
-        wanted = self.once(way.name, lambda: way.allocate(self, sparsity))
+        wanted = self.once(f"allocation {way.name}", lambda: way.allocate(self, sparsity))
         return apportion(wanted, {site.name: site.units for site in self.sites}, sparsity)
 
     def once_tensors(self, what: str, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -67,9 +67,11 @@ class Work:
         journal = self.journals(what)
         if journal is None:
             return make()
-        path = journal.folder / "tensors.safetensors"
+        path, found = journal.folder / "tensors.safetensors", None
         with suppress(OSError, SafetensorError):  # damaged, as after a power cut: made again
-            return load_file(path)
+            found = load_file(path)
+        if parallel.agreed(found is not None) and found is not None:
+            return found
         found = {name: tensor.contiguous() for name, tensor in make().items()}
         write(path, lambda part: save_file(found, part))
         return found

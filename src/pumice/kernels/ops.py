@@ -39,6 +39,11 @@ class Product:
     def __call__(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return torch.ops.pumice.linear(x, *self.tensors, self.out, self.kind)
+        if x.shape[-1] != self.columns or x.dtype not in _IO:
+            raise PumiceError(
+                f"a matrix [{self.out}, {self.columns}] takes fp32 or bf16 of {self.columns} channels; got "
+                f"{x.dtype} of {tuple(x.shape)}."
+            )
         x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self.out))
         _check(self._call(self._matrix, x.data_ptr(), y.data_ptr(), x.numel() // self.columns, _IO[x.dtype], self._avx))

@@ -44,7 +44,7 @@ class BESAAllocation:
 
         def decide(run: BlockRun) -> dict[str, Mask]:
             run.budget = budget
-            return besa.solve_block(run)
+            return besa.solve_block(run) if run.sites else {}
 
-        masks = work.stream(decide, "besa", **given)
+        masks = work.stream(decide, "allocation besa", **given)
         return {name: mask.sparsity for name, mask in masks.items()}

@@ -51,7 +51,7 @@ class ADMM(Budget):
 
     def solve(self, site: Site, stats: SiteStats) -> Mask:
         norm = stats[Hessian].diagonal().sqrt()
-        norm[norm == 0] = 1  # inputs that are always zero: any weight does
+        norm = norm.clamp_min(1e-6 * norm.max().clamp_min(1e-30))  # inputs that are always zero: their weights go first
         hessian, given = stats[Hessian] / norm / norm[:, None], stats.before
         if CrossMoment in tuple(stats):
             cross = self.asymmetric * stats[CrossMoment] / norm / norm[:, None] + (1 - self.asymmetric) * hessian

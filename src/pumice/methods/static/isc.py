@@ -1,6 +1,6 @@
 """ISC: SparseGPT with a score that adds what the diagonal of the Hessian says.  arXiv:2310.09499
 
-score_ij = w_ij² · (H_jj + 1/[H⁻¹]_jj)        H as in SparseGPT, and its update of the weights that stay
+score_ij = w_ij² · (H_jj + 1/[H⁻¹]_jj)        its update of the weights that stay is SparseGPT's; H_jj without dampening
 """
 
 from __future__ import annotations
