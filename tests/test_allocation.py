@@ -464,3 +464,8 @@ def test_greedy_past_its_limit_is_alike(sparsity):
     found = Greedy(step=0.3).allocate(given, sparsity)
     sizes = {site.name: site.units for site in given.sites}
     assert sum(found[name] * size for name, size in sizes.items()) / sum(sizes.values()) == pytest.approx(sparsity)
+
+
+def test_the_commas_of_an_allocation_within_another_are_its_own():
+    way = recipe.allocation("besa(blocks=owl(m=3, spread=0.1), lr=0.2)")
+    assert way.blocks == "owl(m=3, spread=0.1)" and way.lr == 0.2

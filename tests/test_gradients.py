@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pumice
 from pumice.arch.detect import detect
 from pumice.arch.weights import Resident, Shards
 from pumice.calib.data import Windows, tokens
 from pumice.calib.gradients import fisher_trace, reverse, unit_fisher
 from pumice.calib.spill import Spill
 from pumice.calib.work import Work
+from pumice.errors import PumiceError
 from tiny import FAMILIES, tiny
 
 IDS = torch.randint(3, 96, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -103,3 +105,19 @@ def test_shards_and_files_give_the_same_gradients(tmp_path):
     streamed = fisher_trace(work_on(source.model, source=source, spill=Spill(0, tmp_path / "spill")))
     assert streamed == fisher_trace(work_on(model))
     assert all(parameter.is_meta for parameter in source.model.parameters())
+
+
+def test_a_full_disk_leaves_the_model_as_it_was(monkeypatch):
+    model, kept = tiny("llama").to(torch.bfloat16), []
+    before = {name: (id(p), p.dtype) for name, p in model.named_parameters()}
+
+    def keep(self, tensor):
+        kept.append(tensor)
+        if len(kept) > 5:
+            raise PumiceError("no space")
+        return tensor
+
+    monkeypatch.setattr(Spill, "keep", keep)
+    with pytest.raises(PumiceError, match="no space"):
+        pumice.sparsify(model, {"method": "wanda", "allocation": "sensitivity"}, IDS, resume=False)
+    assert {name: (id(p), p.dtype) for name, p in model.named_parameters()} == before

@@ -6,8 +6,11 @@ import pytest
 import torch
 
 import pumice
+from pumice.errors import PumiceError
 from pumice.eval.speed import decode_bytes
 from pumice.kernels.cpu.library import describe
+from pumice.kernels.ops import Product
+from pumice.kernels.pack import pack
 from pumice.methods.prompt.griffin import Griffin
 from pumice.methods.static.magnitude import Magnitude
 from pumice.report.rows import how, why_dense
@@ -152,3 +155,10 @@ def test_without_the_library_masks_run_dense_and_say_why(monkeypatch):
     model = tiny("llama")
     twin = halves(model).attach(model, kernels="always")
     assert not twin.pumice.packed and "not built" in why_dense(twin)
+
+
+@pytest.mark.parametrize("x", [torch.randn(1, 64), torch.randn(2, 16), torch.randn(1, 32).half()])
+def test_an_input_of_another_width_or_dtype_is_refused(x):
+    product = Product(pack(torch.randn(64, 32), torch.rand(64, 32) > 0.5, "fp32"))
+    with pytest.raises(PumiceError, match="of 32 channels"):
+        product(x)

@@ -293,3 +293,9 @@ def test_names_and_shapes_are_seen_and_order_is_not():
     second = torch.nn.ModuleDict({"b": two, "a": one})
     swapped = torch.nn.ModuleDict({"a": two, "b": one})
     assert fingerprint_model(first) == fingerprint_model(second) != fingerprint_model(swapped)
+
+
+def test_a_plan_is_printed_in_a_line():
+    plan = Plan(weights={"a": FORMS["mask"]}, recipe=[{"method": "wanda"}], base={"name": "m"})
+    assert repr(plan).startswith("<Plan wanda: 1 of weights, 0 selected") and len(repr(plan)) < 100
+    assert len(repr(FORMS["mask"])) < 60

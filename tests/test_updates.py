@@ -494,3 +494,12 @@ def test_a_refiner_keeps_to_its_own_where():
     assert {name for name in changed if "layers.0" in name and "mlp" not in name} == set() != changed
     some = [{"method": "wanda", "where": "*mlp*"}, {"method": "dsnot"}]
     assert all("mlp" in name for name in pumice.sparsify(model, some, IDS, resume=False).weights)
+
+
+@pytest.mark.parametrize("recipe, message", [
+    ([{"method": "besa+reconstruct", "bits": 4}], "leave out bits, or reconstruct"),
+    ("wanda+wanda", "name each once"), ("wanda+", "name each once"),
+], ids=str)  # fmt: skip
+def test_chains_that_undo_themselves_are_refused(recipe, message):
+    with pytest.raises(PumiceError, match=message):
+        pumice.sparsify(tiny("llama"), recipe, IDS, resume=False)

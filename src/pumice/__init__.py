@@ -36,4 +36,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*globals(), *_WHERE]
+    methods = importlib.import_module("pumice.registry").methods().values()
+    return [*_WHERE, *(entry.name.title().replace("_", "") for entry in methods), "__version__"]

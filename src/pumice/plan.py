@@ -35,6 +35,11 @@ class Plan:
     # (`slimmed`: the fingerprint of the smaller model saved with it, to which its Slim forms have been done already)
     measurements: dict = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """A line: tensors of millions of weights are nothing to print."""
+        forms = f"{len(self.weights)} of weights, {len(self.select)} selected at run time"
+        return f"<Plan {_names(self)}: {forms}, sparsity {self.sparsity():.4f}, for {self.base.get('name', '?')}>"
+
     @property
     def changes_weights(self) -> bool:
         return bool(self.weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import MISSING, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ def build(name: str, settings: dict[str, Any]) -> Any:
 
 def build_all(names: str, settings: dict[str, Any]) -> list[Any]:
     """`wanda+dsnot`: methods of which each takes the settings that it has; one that none has is an error."""
-    classes = {name: registry.get(name) for name in names.split("+")}
+    said = names.split("+")
+    if "" in said or len(set(said)) < len(said):
+        raise PumiceError(f"{names!r} is no chain of methods: name each once, with one + between two.")
+    classes = {name: registry.get(name) for name in said}
     taken = {name: {field.name for field in fields(cls)} for name, cls in classes.items()}
     for key in settings:
         if not any(key in known for known in taken.values()):
@@ -53,7 +57,17 @@ def chains(methods: list[Any]) -> list[list[Any]]:
 
 
 def check_start(methods: list[Any], after: bool) -> None:
-    """Refuse a recipe that begins with a method that only refines, where there is nothing to refine."""
+    """Refuse a recipe that begins with a method that only refines, where there is nothing to refine.
+
+    And one in which new values would undo a quantisation.
+    """
+    for chain in chains(methods):
+        for earlier, later in pairwise(chain):
+            if getattr(earlier, "bits", 0):
+                raise PumiceError(
+                    f"{earlier.name} with bits={earlier.bits} quantises the weights, and {later.name} would give them "
+                    f"other values: leave out bits, or {later.name}."
+                )
     first = chains(methods)[0][0]
     if first.refines is True and not after:
         raise PumiceError(

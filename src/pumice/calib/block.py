@@ -93,6 +93,8 @@ class BlockRun:
 
     def masks(self, name: str) -> dict[str, Mask]:
         """The Masks to start from; without one at every site it is an error that names the method `name`."""
+        if not any(isinstance(form, Mask) for form in self.before.values()):
+            raise PumiceError(f"{name} starts from the masks of another method, and {self.block.name} has none.")
         missing = [site.name for site in self.sites if not isinstance(self.before.get(site.name), Mask)]
         if missing:
             raise PumiceError(

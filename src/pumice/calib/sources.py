@@ -31,7 +31,7 @@ def read(source: str, split: str = "train") -> list[str]:
     if source.startswith("file:"):
         return _file(source.removeprefix("file:"))
     if source not in SOURCES:
-        raise unknown("data source", source, [*SOURCES, "file:PATH"])
+        raise _no_source(source)
     return SOURCES[source](split)
 
 
@@ -39,10 +39,18 @@ def check(source: str) -> None:
     """Refuse an unknown source and a file that is not there, without reading any text: before a model is loaded."""
     if not source.startswith("file:"):
         if source not in SOURCES:
-            raise unknown("data source", source, [*SOURCES, "file:PATH"])
+            raise _no_source(source)
     elif not (path := _place(source.removeprefix("file:"))[0]).is_file():
         why = "it is a folder" if path.is_dir() else "no such file"
         raise PumiceError(f"cannot read {path}: {why}. Check the path after `file:`.")
+
+
+def _no_source(said: str) -> PumiceError:
+    if Path(said[:255]).is_file():
+        return PumiceError(f"{said!r} is a file: name it as file:{said}.")
+    if len(said) > 60:
+        return PumiceError(f"{said[:60]!r}… is no data source. Texts themselves go in a list; a file is file:PATH.")
+    return unknown("data source", said, [*SOURCES, "file:PATH"])
 
 
 def _place(where: str) -> tuple[Path, str | None]:

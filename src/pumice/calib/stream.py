@@ -7,6 +7,7 @@ Arithmetic is fp32. No decoder loop is copied.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -87,6 +88,8 @@ def stream(
         notes += before
         if replays is not None and first:
             replays.resume(hidden)
+    if first and not parallel.rank():
+        tqdm.write(f"{title}: {first} of {len(arch.blocks)} were done before; going on", file=sys.stderr)
     if first == len(arch.blocks):
         return forms
     bar = tqdm(desc=title, unit="block", initial=first, total=len(arch.blocks), leave=False)

@@ -38,6 +38,13 @@ def inspect(model: str, every_site: bool, as_json: bool) -> None:
     _print_inspection(data, every_site)
 
 
+def _said(entry: dict) -> str:
+    """An entry of a recipe; how it was trained on a line of its own."""
+    line = "recipe: " + ", ".join(f"{key}={value}" for key, value in entry.items() if key != "training")
+    training = ", ".join(f"{key}={value}" for key, value in entry.get("training", {}).items())
+    return f"{line}\n  trained: {training}" if training else line
+
+
 def _packed(model: str, loaded, packed: dict, every_site: bool, as_json: bool) -> None:
     """A packed folder: its zeros cannot be lost, since they are not stored."""
     matrices = {name: module.packed for name, module in packed.items()}
@@ -64,7 +71,7 @@ def _packed(model: str, loaded, packed: dict, every_site: bool, as_json: bool) -
         return emit(data | {"matrices": sites})
     page.print(f"{model}: {data['class']}, {len(matrices)} matrices packed as {config.store}")
     for entry in config.recipe:
-        page.print("recipe: " + ", ".join(f"{key}={value}" for key, value in entry.items()))
+        page.print(_said(entry))
     page.print(
         f"{kept:,} of {weights:,} weights are stored, in {data['bytes'] / 1e6:.1f} MB: sparsity {data['sparsity']:.4f}"
     )
@@ -110,7 +117,7 @@ def _print_inspection(data: dict, every_site: bool) -> None:
     if not data["recipe"]:
         return page.print("dense. Make it sparse with `pumice sparsify`; `pumice methods` lists the methods.")
     for entry in data["recipe"]:
-        page.print("recipe: " + ", ".join(f"{key}={value}" for key, value in entry.items()))
+        page.print(_said(entry))
     page.print(f"base: {data['base'].get('name')}, weights {data['base'].get('fingerprint')}")
     if data["calibration"]:
         page.print("calibrated on: " + ", ".join(f"{key}={value}" for key, value in data["calibration"].items()))

@@ -65,6 +65,10 @@ def print_nets(plan) -> None:
     note.print(f"  {mean}; output {sum(outputs) / count:.3f}")
 
 
+def place(out: str, replaced: bool) -> str:
+    return f"Saved in {out}, in place of the sparse model that was there" if replaced else f"Saved in {out}"
+
+
 def recipe_name(plan) -> str:
     """`wanda 0.5`, `griffin 0.5 + wanda 0.5`: short names for tables."""
     names = []

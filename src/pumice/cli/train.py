@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pumice.cli.given import check_length, open_model, quiet_libraries, refuse_packed, refuse_sparse
-from pumice.cli.say import emit, note, page, sheet, sparse_part
+from pumice.cli.say import emit, note, page, place, sheet, sparse_part
 from pumice.errors import PumiceError
 
 
@@ -13,13 +13,14 @@ def train(model: str, methods: list[Any], data: str, out: str, *, window: int, s
           resume: bool, as_json: bool) -> None:  # fmt: skip
     from pumice.calib import parallel
     from pumice.calib.sources import check
-    from pumice.hub.folder import check_target
+    from pumice.hub.folder import check_target, occupied
     from pumice.train.run import Settings, train
 
     if len(methods) > 1:
         raise PumiceError("a model is trained for one method at a time.")
     settings = Settings(**settings)
     check_target(out)
+    replaced = occupied(out)
     if "," not in data.partition("#")[2]:
         check(data)
     quiet_libraries()
@@ -30,10 +31,10 @@ def train(model: str, methods: list[Any], data: str, out: str, *, window: int, s
     check_length(loaded, window, "--window")
     found = train(loaded.model, methods[0] if methods else None, data, out, tokenizer=loaded.tokenizer, window=window,
                   name=loaded.name, resume=resume, settings=settings)  # fmt: skip
-    show(found, model, out, as_json)
+    show(found, model, out, place(out, replaced), as_json)
 
 
-def show(found, model: str, out: str, as_json: bool) -> None:
+def show(found, model: str, out: str, saved: str, as_json: bool) -> None:
     from rich.table import Table
 
     from pumice.eval.perplexity import paired_ratio
@@ -63,5 +64,5 @@ def show(found, model: str, out: str, as_json: bool) -> None:
         )
     elif found.plan is not None:
         page.print(f"Achieved sparsity {found.plan.sparsity():.4f}: every zero has stayed zero.")
-    page.print(f"{found.tokens:,} tokens were learnt. Saved in {out}.")
+    page.print(f"{found.tokens:,} tokens were learnt. {saved}.")
     page.print(f"Next: pumice bench {out}    pumice eval {out}    pumice generate {out}")

@@ -9,7 +9,7 @@ from typing import Any
 from pumice import recipe
 from pumice.cli import given, ranks
 from pumice.cli.given import check_exec, check_length, is_plain, is_trained, open_model, quiet_libraries, refuse_sparse
-from pumice.cli.say import emit, note, page, plain, print_nets, print_notes, print_rows, recipe_name, sparse_part
+from pumice.cli.say import emit, note, page, place, plain, print_nets, print_notes, print_rows, recipe_name, sparse_part
 from pumice.errors import PumiceError
 
 
@@ -33,10 +33,11 @@ def sparsify(
 ) -> None:
     from pumice.calib import parallel
     from pumice.calib.sources import check
-    from pumice.hub.folder import check_target
+    from pumice.hub.folder import check_target, occupied
     from pumice.runtime.attach import check_recall
 
     check_target(out)
+    replaced = occupied(out)
     check(text["data"])
     recipe.check_start(methods, "after" in text)
     with parallel.joined() as first:
@@ -60,7 +61,7 @@ def sparsify(
         return emit(found | {"rows": [row.summary() for row in rows]})
     print_rows(rows, loaded.name)
     print_notes(plan)
-    page.print(f"Achieved sparsity {plan.sparsity():.4f}. Saved in {out}.")
+    page.print(f"Achieved sparsity {plan.sparsity():.4f}. {place(out, replaced)}.")
     page.print(f"Next: pumice generate {out}    pumice eval {out}    pumice inspect {out}")
 
 
@@ -88,22 +89,22 @@ def sparsify_folder(model: str, methods: list[Any], out: str, text: dict, *, dty
     from pumice.api import needs_text
     from pumice.api import sparsify_folder as stream
     from pumice.calib.sources import check
-    from pumice.hub.folder import check_target
+    from pumice.hub.folder import check_target, occupied
     from pumice.hub.models import locate, tokenizer_in
     from pumice.plan import Plan
 
     check_target(out)
     check(text["data"])
-    place = locate(model)
-    refuse_sparse(model, Plan.load(place.plan) if place.plan else None)
+    replaced, found = occupied(out), locate(model)
+    refuse_sparse(model, Plan.load(found.plan) if found.plan else None)
     settings = {**text}
-    tokenizer = tokenizer_in(place.folder) if needs_text(methods) else None
+    tokenizer = tokenizer_in(found.folder) if needs_text(methods) else None
     data, options = settings.pop("data"), {"tokenizer": tokenizer, "name": model, "resume": resume}
-    plan = stream(place.folder, methods, out, data, **options, **settings)
+    plan = stream(found.folder, methods, out, data, **options, **settings)
     if as_json:
         found = {"model": model, "out": out, **sparse_part(plan), "notes": plan.measurements.get("notes", [])}
         return emit(found)
-    page.print(f"Achieved sparsity {plan.sparsity():.4f}. Saved in {out}, block by block.")
+    page.print(f"Achieved sparsity {plan.sparsity():.4f}, block by block. {place(out, replaced)}.")
     print_notes(plan)
     page.print(f"No speed was measured: `pumice bench {out}` does, dense and sparse in turn.")
 

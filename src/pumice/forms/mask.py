@@ -27,6 +27,10 @@ class Mask:
             raise PumiceError(f"a mask of {rows}×{columns} weights cannot have {self.bits.numel()} bytes of keep bits.")
         object.__setattr__(self, "shape", (rows, columns))
 
+    def __repr__(self) -> str:
+        values = ", new values" if self.values is not None else ""
+        return f"<Mask {self.shape[0]}×{self.shape[1]}, sparsity {self.sparsity:.4f}{values}>"
+
     @classmethod
     def keeping(cls, keep: Tensor, pattern: object = "free", values: Tensor | None = None) -> Mask:
         """The mask that keeps where `keep`, bool [out, in], says so."""

@@ -27,6 +27,12 @@ def check_target(folder: str | Path) -> Path:
     return folder
 
 
+def occupied(folder: str | Path) -> bool:
+    """Whether there is something that a write will replace."""
+    folder = Path(folder).expanduser()
+    return folder.is_dir() and any(folder.iterdir())
+
+
 @contextmanager
 def replacing(folder: str | Path):
     """A fresh folder beside the target that replaces it when the body ends well, and is removed when it does not."""

@@ -33,7 +33,7 @@ def comparison(rows: list[Row], title: str, width: int = 80) -> Table:
         title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD, show_edge=False
     )
     table.pad_edge, table.padding = False, (0, int(width >= 90), 0, 0)
-    table.add_column("model", overflow="fold")
+    table.add_column("model", overflow="fold", min_width=8)
     filled = {name: cell for name, cell in COLUMNS.items() if any(cell(row) for row in rows)}
     for name in filled:
         table.add_column(name, justify="right", no_wrap=True)
@@ -47,6 +47,8 @@ def number(value: float, error: float | None = None) -> str:
     """A perplexity with the digits that mean something."""
     if not math.isfinite(value):
         return "NaN" if math.isnan(value) else "∞"
+    if value >= 1e6:  # broken; the digits mean nothing
+        return f"{value:.1e}"
     digits = 2 if value < 100 else 1 if value < 1000 else 0
     text = f"{value:,.{digits}f}"
     return text if error is None or not math.isfinite(error) else f"{text} ± {error:,.{digits}f}"

@@ -233,7 +233,8 @@ def check_base(model: nn.Module, plan: Plan) -> None:
         raise PumiceError(
             f"this plan was made for {plan.base.get('name', 'another model')} with weights "
             f"{plan.base.get('fingerprint', '?')}, but the model's weights are {found}. "
-            "Load that model, or make the plan again for this one."
+            "Load that model, or make the plan again for this one. If they lie beside the plan, something has changed "
+            "them since, as training without `KeepMask` does: `pumice inspect` counts the zeros that are left."
         )
 
 
