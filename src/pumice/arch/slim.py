@@ -98,11 +98,14 @@ def smaller_config(model: nn.Module, sites: Mapping[str, Site], slims: Mapping[s
         if wrong is None and shapes.keys() == expected.keys():
             return config
         tried.append(f"{_said(settings)}: {wrong} would be {shapes.get(wrong)}, not {expected.get(wrong)}")
-    removed = " and ".join(sorted({NAMES[sites[name].kind] for name in slims}))
+    kinds = {sites[name].kind for name in slims}
+    removed = " and ".join(sorted(NAMES[kind] for kind in kinds))
+    other = "Ask for another share of heads (many families want as many as divide the hidden size), or use"
     raise PumiceError(
         f"no config of {type(model).__name__} describes it without some of its {removed}, so a plain smaller model "
         f"cannot be made. Tried {'; '.join(tried) or 'nothing: it has no setting of that size'}. "
-        "Use a method that selects units at run time (griffin), or one that masks weights (wanda)."
+        f"{other if 'heads' in kinds else 'Use'} a method that selects units at run time (griffin), or one that masks "
+        "weights (wanda)."
     )
 
 
