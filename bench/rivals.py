@@ -16,7 +16,7 @@ tokens of C4; perplexity on windows of 512 of WikiText-2 test, paired bootstrap 
 
 Expected: a rotation gains where inputs have no axes of their own (the residual stream) and loses where they do (what
 enters `down`); W is nearly of full rank, so a remainder gains little. Found: so it is. A Q for each layer takes 19 % of
-what top-k loses, but Q_lᵀ Q_m between two layers is a product of d × d, a sixth of a block's bytes for its two; one Q
+what top-k loses, but Q_lᵀ Q_m between two layers is a product of d × d, a fifth of a block's bytes for its two; one Q
 for all, which would be free, loses more than none: the norms' gains, which differ by layer, are then not in |x|.
 """
 
