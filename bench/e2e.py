@@ -10,7 +10,7 @@ calibration part. Scored on the test file, every token sparse (GRIFFIN: what fol
 answer for each of 256 pairs, and ROUGE-L of the greedy answers to the first 100 prompts against all of their
 references; both with a paired bootstrap against the dense row. `bytes`: of the FFN's, as in `training.py`.
 
-Expected, as LTE's paper has it at 50 %: within 0.5 points of ROUGE-L and 0.5 of perplexity of dense training. Seconds
+Expected, as LTE's paper has it at 50 %: within 0.5 points of ROUGE-L and 0.5 of perplexity of dense training. Minutes
 of training on two cores are a smoke test: what methods reach after millions of tokens is not seen here.
 """
 
