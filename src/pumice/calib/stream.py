@@ -142,7 +142,7 @@ def _one_block(
         if site.kind in ("ffn", "heads"):  # a router that has fewer experts is not made here
             _silence(site, form)
     if replays is not None:
-        selects = {**run.chosen, **{name: form for name, form in solved.items() if chosen_by_token(form)}}
+        selects = _selects(run, solved)
         with choosing(block, selects, replays.counted):
             again = masks or slims or selects or outputs is None
             replays.streams["sparse"] = replays.run(block, "sparse") if again else outputs
@@ -152,13 +152,18 @@ def _one_block(
     return solved
 
 
+def _selects(run: BlockRun, forms: dict[str, Form]) -> dict[str, Form]:
+    """What the sparse stream runs with: the Selects before, and those among `forms`."""
+    return {**run.chosen, **{name: form for name, form in forms.items() if chosen_by_token(form)}}
+
+
 def _measure(run: BlockRun, replays: Replays, sites: list[Site], needs, forms: dict[str, Form]) -> dict:
     """Statistics of the inputs of `sites` when the block runs by `forms` and the masks before them."""
     collected: dict[tuple[str, type], Stat] = {}
     both = any(getattr(need, "paired", False) for need in needs)
     masks = {name: form for name, form in forms.items() if isinstance(form, Mask)}
     parameters = run.parameters({s.name: masks[s.name].reference(s.weight) for s in run.sites if s.name in masks})
-    selects = {**run.chosen, **{name: form for name, form in forms.items() if chosen_by_token(form)}}
+    selects = _selects(run, forms)
     with collecting(run.block, sites, needs, collected, replays) as until_read:
         for group in range(len(replays.groups)):
             if both:

@@ -81,8 +81,8 @@ def neurons_pay(d: int, units: int, out: int, matrices: int, told: str | Net, pe
         return False
     by = f"{told} routed" if routed else told
     key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{d}x{units}x{out}:{percent}%x{matrices} {by}/rows{rows}"
-    time = partial(_time_neurons, d, units, out, matrices, told, percent, routed, rows, dtype)
-    return measured(key, time)["speedup"] > 1.0
+    timed = partial(_time_neurons, d, units, out, matrices, told, percent, routed, rows, dtype)
+    return measured(key, timed)["speedup"] > 1.0
 
 
 def percent(density: float) -> int:

@@ -157,8 +157,9 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
 def _routed(form: Select) -> bool:
     """Whether the kernel can ask the net itself: one matrix and a threshold, of neighbours."""
     score = form.score
-    plain = isinstance(score, Predicted) and score.first is None and score.members is None and not score.source
-    return plain and not score.unit and not score.scaled and isinstance(form.cut, Threshold)
+    if not isinstance(score, Predicted) or not isinstance(form.cut, Threshold) or score.second.dtype != torch.float32:
+        return False
+    return score.first is None and score.members is None and not (score.source or score.unit or score.scaled)
 
 
 def _bias(form: Select, module: nn.Module) -> Tensor | None:
