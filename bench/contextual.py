@@ -154,7 +154,9 @@ def against(found: TaskScores, dense: TaskScores) -> dict:
 
 
 def decoded(model, plan, text) -> dict:
-    """One token at a time in fp32: milliseconds and bytes, dense and sparse."""
+    """One token at a time in fp32: milliseconds and bytes, dense and sparse. The kernels that skip are for CPUs."""
+    if model.device.type != "cpu":
+        return {}
     twin = plan.attach(copy.deepcopy(model), check=False)
     found = compare({"dense": model, "sparse": twin}, text.ids[:1, :64])
     return {
@@ -198,6 +200,7 @@ def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> di
         **decoded(model, plan, text),
         **({"tasks": on_tasks(twin)} if on_tasks else {}),
         "text": text.protocol["sha256"],
+        **({"gpu": torch.cuda.get_device_name()} if model.device.type == "cuda" else {}),
         "losses": [round(loss, 6) for loss in found.losses],
     }
 
@@ -208,7 +211,7 @@ def rounded(model, form: str, name: str, test) -> dict:
     with torch.no_grad():
         for site in detect(model := copy.deepcopy(model)).of_kind("ffn"):
             for role in site.parts:
-                codes = quantize(site.weight_of(role).numpy(), GGMLQuantizationType[form])
+                codes = quantize(site.weight_of(role).cpu().numpy(), GGMLQuantizationType[form])
                 site.matrix(role).copy_(torch.from_numpy(dequantize(codes, GGMLQuantizationType[form])))
     block, size = GGML_QUANT_SIZES[GGMLQuantizationType[form]]
     return {
@@ -316,6 +319,7 @@ def main() -> None:
         "--only", default="", help="rows whose key this expression finds: `lowbit`, `(cats|teal) 0.6667`"
     )
     parser.add_argument("--tasks", help="a folder of lm-eval's task files")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
     data = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"models": {}}
@@ -325,7 +329,7 @@ def main() -> None:
         write(RESULTS, lambda path: path.write_text(text))
 
     if not options.table:
-        model, tokenizer = pumice.load(options.model)
+        model, tokenizer = pumice.load(options.model, device=options.device)
         test = tokens(f"file:{options.test}", tokenizer, window=512, windows=64, order="sequential", split="test")
         text = tokens(f"file:{options.c4}", tokenizer, window=512, windows=16)
         mine = data["models"].setdefault(options.name or options.model, {"rows": {}})

@@ -4,11 +4,12 @@
     python bench/forgetting.py --plot                                             the tables and the picture alone
 
 SmolLM2-135M learns E2E (attributes into a sentence), then GSM8K (sums in words), then Dolly (questions and answers),
-answers alone, `--steps` of 8 examples each, bf16 autocast, AdamW, 1e-4. LTE at 50 %: it begins every task at the dense
-weights that the task before left, learns new routers, and is scored sparse. The score of a task: of the tokens of an
-answer, the share that the model would have said itself after the true ones before them, in percent, for 100 held-out
-answers. General tasks, before any training and after each task: accuracy on the first 100 documents of PIQA and of
-ARC-easy. OP, BWT and ΔG as TRACE has them (`pumice.eval.continual`), with bootstrap intervals over documents.
+answers alone, `--steps` of `--batch` examples each, bf16 autocast, AdamW, 1e-4. LTE at 50 %: it begins every task at
+the dense weights that the task before left, learns new routers, and is scored sparse. The score of a task: of the
+tokens of an answer, the share that the model would have said itself after the true ones before them, in percent, for
+100 held-out answers. General tasks, before any training and after each task: accuracy on the first 100 documents of
+PIQA and of ARC-easy. OP, BWT and ΔG as TRACE has them (`pumice.eval.continual`), with bootstrap intervals over
+documents.
 
 Expected: LTE behind dense training in OP by what its zeros cost, and no difference in BWT that 100 documents show.
 """
@@ -27,6 +28,7 @@ from pumice import recipe
 from pumice.disk import write
 from pumice.eval import continual
 from pumice.eval.tasks import task_scores
+from pumice.report.rows import machine
 from pumice.train.run import Settings, train
 from pumice.train.text import UNLEARNT, lessons, padded
 
@@ -63,7 +65,8 @@ def right(model, rows: list[dict]) -> list[float]:
     found = []
     for one in rows:
         part = padded([one])
-        said = model(input_ids=part["input_ids"], use_cache=False).logits[0, :-1].argmax(-1)
+        ids = part["input_ids"].to(model.get_input_embeddings().weight.device)
+        said = model(input_ids=ids, use_cache=False).logits[0, :-1].argmax(-1).cpu()
         wanted = part["labels"][0, 1:]
         asked = wanted != UNLEARNT
         found.append(round(100 * (said == wanted)[asked].double().mean().item(), 3))
@@ -77,8 +80,8 @@ def general(model, tokenizer, folder: str) -> dict[str, list[float]]:
 
 def sequence(way: str, options: argparse.Namespace) -> dict:
     """The scores that `continual.read` reads."""
-    model, tokenizer = pumice.load(options.model)
-    settings = Settings(steps=options.steps, batch=8, lr=1e-4, bf16=True)
+    model, tokenizer = pumice.load(options.model, device=options.device)
+    settings = Settings(steps=options.steps, batch=options.batch, lr=1e-4, bf16=True, save_every=options.steps + 1)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         texts = sources(options, folder)
@@ -87,6 +90,7 @@ def sequence(way: str, options: argparse.Namespace) -> dict:
             for task, (_, test) in texts.items()
         }
         data = {"tasks": list(texts), "scores": {task: [] for task in texts}, "general": {}, "steps": options.steps}
+        data |= {"batch": options.batch, "machine": machine()}
         for task, scores in general(model, tokenizer, options.tasks).items():
             data["general"][task] = [scores]
         data["before"] = {task: right(model, rows) for task, rows in asked.items()}
@@ -113,6 +117,8 @@ def main() -> None:
     parser.add_argument("--dolly", help="a .json list of instruction, input and output")
     parser.add_argument("--tasks", help="folder of lm-eval's task files local_piqa and local_arc_easy")
     parser.add_argument("--steps", type=int, default=50, help="of each task")
+    parser.add_argument("--batch", type=int, default=8, help="examples of a step")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", choices=list(WAYS))
     parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()

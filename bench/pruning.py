@@ -168,7 +168,7 @@ def _at(recipe: list[dict], sparsity: float | str, seed: int) -> list[dict]:
 
 def one(run: Run, protocol: Protocol, options: argparse.Namespace) -> dict:
     """Prune, then score; the peak memory is that of pruning."""
-    model, tokenizer = pumice.load(protocol.model)
+    model, tokenizer = pumice.load(protocol.model, device=options.device)
     source = getattr(options, run.calibration)
     text = tokens(f"file:{source}", tokenizer, windows=protocol.windows, window=512, seed=run.seed)
     resident = _peak()
@@ -178,6 +178,8 @@ def one(run: Run, protocol: Protocol, options: argparse.Namespace) -> dict:
     row = asdict(run) | {"achieved": plan.sparsity(), "minutes": round(minutes, 2), "peak_GB": round(_peak(), 2)}
     row |= {"resident_GB": round(resident, 2), "notes": plan.measurements.get("notes", [])}
     row |= {"cpu_minutes": round(cpu_minutes, 2), "text": text.protocol["sha256"]}
+    if options.device != "cpu":
+        row |= {"gpu": torch.cuda.get_device_name(), "gpu_GB": round(torch.cuda.max_memory_allocated() / 1e9, 2)}
     with plan.applied(model):
         return row | {"losses": scores(model, tokenizer, options.test, protocol)}
 
@@ -239,7 +241,8 @@ def table(data: dict, protocol: Protocol) -> str:
             against = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]" if ratio else ""
             found = [f"{row[f'perplexity_{test}']:.2f} ± {row[f'error_{test}']:.2f}" for test in protocol.tests]
             costs = [f"{row[key]:.1f}" if key in row else "" for key in ("minutes", "cpu_minutes", "peak_GB")]
-            cells = [row["name"], row["seed"], *found, against, *costs]
+            name = f"{row['name']} ({row['gpu']})" if "gpu" in row else row["name"]
+            cells = [name, row["seed"], *found, against, *costs]
             lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -292,6 +295,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no run after so long")
     parser.add_argument("--quick", action="store_true", help="the small protocol")
     parser.add_argument("--large", metavar="MODEL", help="this model (a folder or .gguf file) at 50 %%")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--plot", action="store_true", help="only make the table and the picture anew")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -302,7 +306,7 @@ def main() -> None:
     data, began = read(protocol), time.monotonic()
     if not options.plot:
         if not data["dense"]:
-            data["dense"] = scores(*pumice.load(protocol.model), options.test, protocol)
+            data["dense"] = scores(*pumice.load(protocol.model, device=options.device), options.test, protocol)
         wanted = [run for run in runs(protocol) if options.only in run.key and run.key not in data["rows"]]
         for number, run in enumerate(wanted, 1):
             if time.monotonic() - began > 60 * options.minutes:

@@ -36,28 +36,28 @@ HELD = 32  # told sequences that are kept for calibration
 def told(teacher, count: int, seed: int) -> torch.Tensor:
     """Sequences [count, LENGTH] that the teacher samples, two beginnings in each."""
     torch.manual_seed(seed)
-    rows, begin = [], teacher.config.bos_token_id
-    for _ in tqdm(range(math.ceil(count * LENGTH / TOLD / 256)), desc="stories of the teacher", unit="batch"):
-        start = torch.full((256, 1), begin)
+    rows, begin, together = [], teacher.config.bos_token_id, 256 if teacher.device.type == "cpu" else 2048
+    for _ in tqdm(range(math.ceil(count * LENGTH / TOLD / together)), desc="stories of the teacher", unit="batch"):
+        start = torch.full((together, 1), begin, device=teacher.device)
         rows.append(
             teacher.generate(
                 start, attention_mask=torch.ones_like(start), do_sample=True, temperature=1.0, top_k=0,
                 min_new_tokens=TOLD - 1, max_new_tokens=TOLD - 1,
             )
         )  # fmt: skip
-    return torch.cat(rows).reshape(-1, LENGTH)[:count]
+    return torch.cat(rows).reshape(-1, LENGTH)[:count].cpu()
 
 
-def trained(teacher, ids: torch.Tensor, epochs: int) -> OPTForCausalLM:
+def trained(teacher, ids: torch.Tensor, epochs: int, width: int, layers: int) -> OPTForCausalLM:
     torch.manual_seed(0)
     student = OPTForCausalLM(
         OPTConfig(
-            vocab_size=teacher.config.vocab_size, hidden_size=128, ffn_dim=512, num_hidden_layers=4,
-            num_attention_heads=4, word_embed_proj_dim=128, max_position_embeddings=LENGTH, dropout=0.0,
+            vocab_size=teacher.config.vocab_size, hidden_size=width, ffn_dim=4 * width, num_hidden_layers=layers,
+            num_attention_heads=width // 32, word_embed_proj_dim=width, max_position_embeddings=LENGTH, dropout=0.0,
             activation_function="relu", bos_token_id=teacher.config.bos_token_id,
             eos_token_id=teacher.config.eos_token_id, pad_token_id=0,
         )
-    )  # fmt: skip
+    ).to(teacher.device)  # fmt: skip
     steps = epochs * (len(ids) // BATCH)
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE, betas=(0.9, 0.95), weight_decay=0.01)
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
@@ -66,9 +66,10 @@ def trained(teacher, ids: torch.Tensor, epochs: int) -> OPTForCausalLM:
     for epoch in range(epochs):
         order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(epoch))
         for batch in order[: len(ids) // BATCH * BATCH].split(BATCH):
+            tokens_of = ids[batch].to(teacher.device)
             with torch.no_grad():
-                wanted = teacher(ids[batch]).logits.log_softmax(-1)
-            found = student(ids[batch]).logits.log_softmax(-1)
+                wanted = teacher(tokens_of).logits.log_softmax(-1)
+            found = student(tokens_of).logits.log_softmax(-1)
             loss = F.kl_div(found.flatten(0, 1), wanted.flatten(0, 1), log_target=True, reduction="batchmean")
             if not bool(loss.isfinite()):
                 raise SystemExit(f"the loss is {loss.item()} at step {step}")
@@ -94,11 +95,14 @@ def main() -> None:
     parser.add_argument("--text", help="real stories, to score both on")
     parser.add_argument("--tokens", type=int, default=4_000_000, help="that the teacher tells")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--width", type=int, default=128, help="d; the FFNs have four times as many neurons")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).eval()
+    teacher = AutoModelForCausalLM.from_pretrained(options.teacher, dtype=torch.float32).eval().to(options.device)
     tokenizer = AutoTokenizer.from_pretrained(options.teacher)
     ids = told(teacher, options.tokens // LENGTH + HELD, seed=1)
-    student = trained(teacher, ids[HELD:], options.epochs)
+    student = trained(teacher, ids[HELD:], options.epochs, options.width, options.layers)
     kl = student.config.kl_to_teacher
     del student.config.kl_to_teacher
     options.out.mkdir(parents=True, exist_ok=True)

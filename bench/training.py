@@ -1,18 +1,22 @@
 """Claim: from 50 % up, a model that was trained to need fewer neurons loses less than one that was not.
 
     python bench/training.py --model DIR --test FILE [--steps N] [--only REGEX]        stories260K, hours on one core
-    python bench/training.py --plot                                                    the table and the picture alone
+    python bench/training.py --on smollm2 --model smollm2 --test FILE --text FILE --text FILE --device cuda     a GPU
+    python bench/training.py [--on smollm2] --plot                                     the table and the picture alone
 
 DIR: llama2.c's stories260K in the layout of transformers (SwiGLU, 5 layers, d = 64, 172 neurons a layer, in experts of
 4). Every row begins at the same weights and learns the same tokens: stories that the model itself tells (temperature
 1), 8 × 256 tokens a step, AdamW, 1e-3, cosine. So dense training has little to gain, and what a row loses is the price
 of its zeros. Scored on 64 windows of 256 of real stories, every token sparse; ratios to dense are a paired bootstrap
-over windows. `active`: the share of neurons that ran on the test text. `bytes`: of the FFN's, 16 bits a weight, what a
+over windows. With `--on smollm2` the same for SmolLM2-135M (experts of 32) on text that was written, not told: 16 × 256
+tokens a step, 1e-4, bf16 autocast, WikiText-2 train and C4 in windows that come again, scored on WikiText-2 test.
+`active`: the share of neurons that ran on the test text. `bytes`: of the FFN's, 16 bits a weight, what a
 token reads: live rows and columns, whole matrices where they tell, and routers.
 
     lte                          routers d × 43 in every layer, live experts of the three matrices
     prosparse, relu              gate whole, live rows of up and columns of down
-    relu + dejavu, moefication   the ReLU model's neurons by nets of rank d/2, by routers (mlp)
+    relu + dejavu, moefication   the ReLU model's neurons by nets of rank d/2 (SmolLM2: d/8), by routers (mlp)
+    relu + shadowllm             the same by one net for all layers, 2 % of the model
     cats, cats trained           gate whole, as prosparse; trained: the same tokens under its plan
     griffin, griffin trained     the prompt's neurons; here the first half of a window is the prompt, and the other is
                                  scored (dense then too)
@@ -30,10 +34,10 @@ import argparse
 import json
 import re
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM
 
 import pumice
 from pumice import recipe
@@ -41,6 +45,7 @@ from pumice.arch.detect import detect
 from pumice.calib.data import tokens
 from pumice.disk import write
 from pumice.eval.perplexity import Perplexity, combine, paired_ratio
+from pumice.methods.token.shadowllm import SHARE
 from pumice.plan import Plan
 from pumice.report.rows import machine
 from pumice.train.run import Settings, train
@@ -49,22 +54,57 @@ from relu_model import told
 
 RESULTS = Path(__file__).parent / "results"
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
-WINDOW, BATCH, SIZE = 256, 8, 4
-TRAINED = {"lte": ("lte", {"size": SIZE}), "prosparse": ("prosparse", {}), "qsparse": ("qsparse", {}),
-           "cats trained": ("cats", {"first": 0}), "griffin trained": ("griffin", {})}  # fmt: skip
-FREE = {"cats": ("cats", {"first": 0}), "griffin": ("griffin", {})}
-ON_RELU = {
-    "relu + dejavu": ("dejavu", {"first": 0, "rank": 32, "recall": 0.0}),
-    "relu + moefication": ("moefication", {"first": 0, "size": SIZE, "recall": 0.0}),
+WINDOW = 256
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model that rows begin at, and how they learn."""
+
+    file: str
+    title: str
+    size: int  # neurons of an expert
+    rank: int  # of DejaVu's nets
+    training: Settings
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{self.file}.json"
+
+    @property
+    def trained(self) -> dict[str, tuple[str, dict]]:
+        lte = {"lte": ("lte", {"size": self.size}), "prosparse": ("prosparse", {}), "qsparse": ("qsparse", {})}
+        return lte | {"cats trained": ("cats", {"first": 0}), "griffin trained": ("griffin", {})}
+
+    @property
+    def on_relu(self) -> dict[str, tuple[str, dict]]:
+        return {
+            "relu + dejavu": ("dejavu", {"first": 0, "rank": self.rank, "recall": 0.0}),
+            "relu + moefication": ("moefication", {"first": 0, "size": self.size, "recall": 0.0}),
+            "relu + shadowllm": ("shadowllm", {"first": 0, "style": "layer", "recall": 0.0}),
+        }
+
+
+STARTS = {
+    "stories": Start("training", "stories260K", 4, 32, Settings(batch=8, lr=1e-3)),
+    "smollm2": Start("training_smollm2", "SmolLM2-135M", 32, 72, Settings(batch=16, lr=1e-4, bf16=True)),
 }
+FREE = {"cats": ("cats", {"first": 0}), "griffin": ("griffin", {})}
 
 
-def share(name: str, active: float, model, size: int = SIZE) -> float:
-    """Of the FFN's bytes, those that a token reads; `size`: neurons of an expert."""
-    site = detect(model).of_kind("ffn")[0]
-    d, units = site.matrix("up").shape[1], site.units
-    ffn, groups = 3 * d * units, units // size
-    whole = {"lte": d * groups, "relu + dejavu": 32 * (d + units), "relu + moefication": groups * (d + groups)}
+def share(name: str, active: float, model, start: Start) -> float:
+    """Of the FFN's bytes, those that a token reads."""
+    arch = detect(model)
+    sites = arch.of_kind("ffn")
+    d, units = sites[0].matrix("up").shape[1], sites[0].units
+    ffn, groups = 3 * d * units, units // start.size
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    whole = {
+        "lte": d * groups,
+        "relu + dejavu": start.rank * (d + units),
+        "relu + moefication": groups * (d + groups),
+        "relu + shadowllm": SHARE * weights / len(sites),
+    }
     if name.startswith(("cats", "prosparse", "relu,")):
         return round((1 + 2 * active) / 3, 4)
     return round(active + whole.get(name, 0) / ffn, 4)
@@ -82,13 +122,15 @@ def measured(model, plan: Plan | None, rows: list[dict]) -> tuple[Perplexity, fl
     return found, sum(densities) / len(densities)
 
 
-def row(name: str, sparsity: float, model, plan: Plan | None, rows: list[dict], halves: list[dict]) -> dict:
+def row(
+    name: str, sparsity: float, model, plan: Plan | None, rows: list[dict], halves: list[dict], start: Start
+) -> dict:
     found, active = measured(model, plan, halves if name.startswith("griffin") else rows)
     return {
         "method": name,
         "sparsity": sparsity,
         "active": round(active, 4),
-        "bytes": share(name, active, model),
+        "bytes": share(name, active, model, start),
         "losses": [round(loss, 6) for loss in found.losses],
     }
 
@@ -116,7 +158,7 @@ def table(data: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(data: dict) -> None:
+def plot(data: dict, start: Start) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -135,57 +177,69 @@ def plot(data: dict) -> None:
     for panel, label in zip(panels, ("neurons that did not run", "bytes of the FFN that a token reads"), strict=True):
         panel.axhline(1.0, color="grey", linestyle=":")
         panel.set(xlabel=label, ylim=(0.95, 3.0))
-    panels[0].set_ylabel("perplexity over dense, 64 windows of real stories")
+    panels[0].set_ylabel("perplexity over dense, 64 windows of the test text")
     panels[1].legend(fontsize=8, loc="upper left")
-    figure.suptitle(f"stories260K, {data['tokens']:,} tokens of training for every trained row")
+    figure.suptitle(f"{start.title}, {data['tokens']:,} tokens of training for every trained row")
     figure.tight_layout()
-    figure.savefig(RESULTS / "training.svg")
+    figure.savefig(start.path.with_suffix(".svg"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="stories260K as a folder")
-    parser.add_argument("--test", help="real stories")
+    parser.add_argument("--on", choices=STARTS, default="stories")
+    parser.add_argument("--model", help="stories260K as a folder; smollm2")
+    parser.add_argument("--test", help="real stories; WikiText-2 test")
+    parser.add_argument("--text", action="append", help="to learn, with smollm2: a text file, or PATH.jsonl#field")
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="rows whose key this expression finds: `lte`, `cats 0.5`")
     parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()
-    path = RESULTS / "training.json"
-    data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+    start = STARTS[options.on]
+    data = json.loads(start.path.read_text()) if start.path.exists() else {"rows": {}}
     if not options.plot:
-        fill(options, data, path)
+        fill(options, data, start)
     print(table(finished(data)))
-    plot(data)
+    plot(data, start)
 
 
-def fill(options: argparse.Namespace, data: dict, path: Path) -> None:
-    base, tokenizer = pumice.load(options.model)
+def learnt_text(base, tokenizer, options: argparse.Namespace, start: Start) -> torch.Tensor:
+    """Windows [N, WINDOW]: told by the model itself, or of files."""
+    if not options.text:
+        count = options.steps * start.training.batch + 64
+        return told(base, count * WINDOW // 512, seed=1).reshape(-1, WINDOW)
+    cut = [tokens(f"file:{file}", tokenizer, window=WINDOW, windows=None) for file in options.text]
+    whole = [ids for one in cut for ids, valid in zip(one.ids, one.valid, strict=True) if bool(valid.all())]
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(0))
+    return torch.stack(whole)[order]
+
+
+def fill(options: argparse.Namespace, data: dict, start: Start) -> None:
+    base, tokenizer = pumice.load(options.model, device=options.device)
     test = tokens(f"file:{options.test}", tokenizer, window=WINDOW, windows=64, order="sequential", split="test")
     rows = [{"input_ids": ids, "labels": ids} for ids in test.ids]
     halves = [{"input_ids": ids, "labels": torch.where(torch.arange(WINDOW) < WINDOW // 2, -100, ids)}
               for ids in test.ids]  # fmt: skip
-    text = told(base, (options.steps * BATCH + 64) * WINDOW // 512, seed=1).reshape(-1, WINDOW)
-    if data.get("tokens", options.steps * BATCH * WINDOW) != options.steps * BATCH * WINDOW:
-        raise SystemExit(f"{path} holds rows of {data['tokens']} tokens: remove it, or give --steps as then.")
-    data |= {"machine": machine(), "tokens": options.steps * BATCH * WINDOW}
+    text = learnt_text(base, tokenizer, options, start)
+    learnt_tokens = options.steps * start.training.batch * WINDOW
+    if data.get("tokens", learnt_tokens) != learnt_tokens:
+        raise SystemExit(f"{start.path} holds rows of {data['tokens']} tokens: remove it, or give --steps as then.")
+    data |= {"machine": machine(), "tokens": learnt_tokens, "text_tokens": text.numel()}
     data["dense"] = [round(loss, 6) for loss in scored(base, rows).losses]
     data["dense halves"] = [round(loss, 6) for loss in scored(base, halves).losses]
-    settings = Settings(steps=options.steps, batch=BATCH, lr=1e-3)
+    settings = replace(start.training, steps=options.steps, save_every=options.steps + 1)
 
     def wanted(key: str) -> bool:
         return key not in data["rows"] and re.search(options.only, key) is not None
 
-    def keep(key: str, found: dict) -> None:
-        data["rows"][key] = found
+    def keep(name: str, sparsity: float, model, plan: Plan | None, key: str) -> None:
+        found = data["rows"][key] = row(name, sparsity, model, plan, rows, halves, start)
         out = json.dumps(finished(data), indent=1) + "\n"
-        write(path, lambda part: part.write_text(out))
+        write(start.path, lambda part: part.write_text(out))
         print(key, found["perplexity"], found["active"], flush=True)
 
-    def fresh():
-        return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-
     def learnt(method) -> tuple:
-        model = fresh()
+        model, _ = pumice.load(options.model, device=options.device)
         with tempfile.TemporaryDirectory() as folder:
             found = train(model, method, text, Path(folder) / "out", window=WINDOW, settings=settings)
         return model, found.plan
@@ -194,24 +248,22 @@ def fill(options: argparse.Namespace, data: dict, path: Path) -> None:
         return pumice.sparsify(model, recipe.build(method, given), text[-64:], resume=False, check=False)
 
     if wanted("dense trained"):
-        model, _ = learnt(None)
-        keep("dense trained", row("dense trained", 0.0, model, None, rows, halves))
+        keep("dense trained", 0.0, learnt(None)[0], None, "dense trained")
     relu = None
     for s in SPARSITIES:
-        for name, (method, given) in TRAINED.items():
+        for name, (method, given) in start.trained.items():
             if wanted(key := f"{name} {s}"):
-                keep(key, row(name, s, *learnt(recipe.build(method, {"sparsity": s} | given)), rows, halves))
+                keep(name, s, *learnt(recipe.build(method, {"sparsity": s} | given)), key)
         for name, (method, given) in FREE.items():
             if wanted(key := f"{name} {s}"):
-                keep(key, row(name, s, base, solved(base, method, {"sparsity": s} | given), rows, halves))
-        for name, (method, given) in ON_RELU.items():
+                keep(name, s, base, solved(base, method, {"sparsity": s} | given), key)
+        for name, (method, given) in start.on_relu.items():
             if wanted(key := f"{name} {s}"):
                 relu = relu or learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))
-                plan = solved(relu[0], method, {"sparsity": s} | given)
-                keep(key, row(name, s, relu[0], plan, rows, halves))
+                keep(name, s, relu[0], solved(relu[0], method, {"sparsity": s} | given), key)
     if wanted("relu alone"):
         relu = relu or learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))
-        keep("relu alone", row("relu, what closes by itself", 0.0, *relu, rows, halves))
+        keep("relu, what closes by itself", 0.0, *relu, "relu alone")
 
 
 if __name__ == "__main__":

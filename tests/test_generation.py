@@ -87,6 +87,9 @@ def test_answers_are_greedy_and_sparse_where_the_twin_is(tmp_path):
         assert len(answer) == 12 or tokenizer.decode(answer).endswith(("\n", "</s>"))
     ids = torch.randint(3, 96, (4, 20), generator=torch.Generator().manual_seed(3))
     twin = pumice.attach(model, pumice.sparsify(model, Contribution(sparsity=0.9), ids, resume=False))
-    assert answers(twin, tokenizer, ["once", "upon a time"], new=12) != found
+    sparse = answers(twin, tokenizer, ["once", "upon a time"], new=12)
+    assert sparse != found
+    for runner, alone in ((model, found), (twin, sparse)):
+        assert answers(runner, tokenizer, ["once", "upon a time"], new=12, batch=2) == alone
     with pytest.raises(PumiceError, match="more than the 64"):
         answers(model, tokenizer, ["x" * 60], new=12)
