@@ -9,8 +9,9 @@ DIR: llama2.c's stories260K in the layout of transformers (SwiGLU, 5 layers, d =
 1), 8 × 256 tokens a step, AdamW, 1e-3, cosine. So dense training has little to gain, and what a row loses is the price
 of its zeros. Scored on 64 windows of 256 of real stories, every token sparse; ratios to dense are a paired bootstrap
 over windows. With `--on smollm2` the same for SmolLM2-135M (experts of 32) on text that was written, not told: 16 × 256
-tokens a step, 1e-4, bf16 autocast, WikiText-2 train and C4 in windows that come again, scored on WikiText-2 test.
-`active`: the share of neurons that ran on the test text. `bytes`: of the FFN's, 16 bits a weight, what a
+tokens a step, 1e-4, bf16 autocast, WikiText-2 train and C4 in windows that come again, scored on WikiText-2 test;
+from which plain training gains much, so that ratios are to the model that was trained densely, and `cats` and `griffin`
+are of it. `active`: the share of neurons that ran on the test text. `bytes`: of the FFN's, 16 bits a weight, what a
 token reads: live rows and columns, whole matrices where they tell, and routers.
 
     lte                          routers d × 43 in every layer, live experts of the three matrices
@@ -35,6 +36,7 @@ import json
 import re
 import tempfile
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -66,6 +68,7 @@ class Start:
     size: int  # neurons of an expert
     rank: int  # of DejaVu's nets
     training: Settings
+    told: bool = False  # it learns what it told itself: plain training has nothing to gain
 
     @property
     def path(self) -> Path:
@@ -86,7 +89,7 @@ class Start:
 
 
 STARTS = {
-    "stories": Start("training", "stories260K", 4, 32, Settings(batch=8, lr=1e-3)),
+    "stories": Start("training", "stories260K", 4, 32, Settings(batch=8, lr=1e-3), told=True),
     "smollm2": Start("training_smollm2", "SmolLM2-135M", 32, 72, Settings(batch=16, lr=1e-4, bf16=True)),
 }
 FREE = {"cats": ("cats", {"first": 0}), "griffin": ("griffin", {})}
@@ -168,7 +171,7 @@ def plot(data: dict, start: Start) -> None:
     from matplotlib import pyplot
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    rows = [one for one in data["rows"].values() if one["method"] != "dense trained"]
+    rows = [one for one in data["rows"].values() if one["method"] not in ("dense trained", "not trained")]
     for name in dict.fromkeys(one["method"] for one in rows):
         mine = [one for one in rows if one["method"] == name]
         for panel, x in zip(panels, (lambda one: 1 - one["active"], lambda one: one["bytes"]), strict=True):
@@ -205,7 +208,7 @@ def main() -> None:
 
 def learnt_text(base, tokenizer, options: argparse.Namespace, start: Start) -> torch.Tensor:
     """Windows [N, WINDOW]: told by the model itself, or of files."""
-    if not options.text:
+    if start.told:
         count = options.steps * start.training.batch + 64
         return told(base, count * WINDOW // 512, seed=1).reshape(-1, WINDOW)
     cut = [tokens(f"file:{file}", tokenizer, window=WINDOW, windows=None) for file in options.text]
@@ -225,8 +228,6 @@ def fill(options: argparse.Namespace, data: dict, start: Start) -> None:
     if data.get("tokens", learnt_tokens) != learnt_tokens:
         raise SystemExit(f"{start.path} holds rows of {data['tokens']} tokens: remove it, or give --steps as then.")
     data |= {"machine": machine(), "tokens": learnt_tokens, "text_tokens": text.numel()}
-    data["dense"] = [round(loss, 6) for loss in scored(base, rows).losses]
-    data["dense halves"] = [round(loss, 6) for loss in scored(base, halves).losses]
     settings = replace(start.training, steps=options.steps, save_every=options.steps + 1)
 
     def wanted(key: str) -> bool:
@@ -247,8 +248,15 @@ def fill(options: argparse.Namespace, data: dict, start: Start) -> None:
     def solved(model, method: str, given: dict) -> Plan:
         return pumice.sparsify(model, recipe.build(method, given), text[-64:], resume=False, check=False)
 
-    if wanted("dense trained"):
-        keep("dense trained", 0.0, learnt(None)[0], None, "dense trained")
+    @cache
+    def dense():
+        return base if start.told else learnt(None)[0]
+
+    if "dense halves" not in data:
+        data["dense"] = [round(loss, 6) for loss in scored(dense(), rows).losses]
+        data["dense halves"] = [round(loss, 6) for loss in scored(dense(), halves).losses]
+    if wanted(other := "dense trained" if start.told else "not trained"):
+        keep(other, 0.0, learnt(None)[0] if start.told else base, None, other)
     relu = None
     for s in SPARSITIES:
         for name, (method, given) in start.trained.items():
@@ -256,7 +264,7 @@ def fill(options: argparse.Namespace, data: dict, start: Start) -> None:
                 keep(name, s, *learnt(recipe.build(method, {"sparsity": s} | given)), key)
         for name, (method, given) in FREE.items():
             if wanted(key := f"{name} {s}"):
-                keep(name, s, base, solved(base, method, {"sparsity": s} | given), key)
+                keep(name, s, dense(), solved(dense(), method, {"sparsity": s} | given), key)
         for name, (method, given) in start.on_relu.items():
             if wanted(key := f"{name} {s}"):
                 relu = relu or learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))

@@ -64,7 +64,8 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
 
 
 def _on(machine: dict) -> str:
-    return f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}"
+    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    return f"{where}, torch {machine['torch']}"
 
 
 def _speed(name: str) -> list[str]:
@@ -126,6 +127,8 @@ def _pruned(name: str, data: dict, flag: str) -> list[str]:
         against = f"{ratio[0]:.3f} [{ratio[1]:.3f}, {ratio[2]:.3f}]" if ratio else ""
         scores = [f"{row[f'perplexity_{test}']:.2f} ± {row[f'error_{test}']:.2f}" for test in tests]
         costs = [f"{row['minutes']:.1f}", f"{row['peak_GB']:.1f} GB"]
+        if "gpu" in row:
+            costs = [f"{row['minutes']:.1f} ({row['gpu']})", f"{row['peak_GB']:.1f} and {row['gpu_GB']:.1f} GB"]
         what = [row["name"], str(row["sparsity"]), f"{row['calibration']}, seed {row['seed']}"]
         cells.append([*what, *scores, against, *costs])
     header = ["method", "sparsity", "calibration", *tests, "over Wanda, 95 %", "minutes", "peak memory"]
@@ -150,8 +153,10 @@ def _contextual(name: str) -> list[str]:
                 cells.append([key, f"{row['sparsity']:.3f}", f"{row['density']:.3f}", read])
                 cells[-1] += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", f"{ratio:.3f} [{low:.3f}, {high:.3f}]"]
                 cells[-1] += [f"{row['kl']:.3f}", f"{row['same_token']:.3f}"]
+                if any("faster" in row for row in rows.values()):
+                    cells[-1] += [f"{row['faster']:.2f}×" if "faster" in row else ""]
             header = ["row", "sparsity asked", "live on the test", "bytes", "perplexity", "over dense, 95 %"]
-            header += ["KL", "same token"]
+            header += ["KL", "same token", *(["decoding, fp32"] if len(cells[0]) > len(header) + 2 else [])]
             tables.append(_table(title, header, cells))
             tables += _tasks(rows)
     return tables
@@ -175,23 +180,40 @@ def _decides(row: dict, name: str) -> bool:
 
 
 def _trained(name: str) -> list[str]:
-    data = _read("training.json")
-    if data is None:
-        return []
-    rows = [row for row in data["rows"].values() if name in row["method"].replace("relu, what", "prosparse").split()]
-    if not rows:
-        return []
     header = ["row", "asked", "neurons that ran", "bytes of the FFN", "perplexity", "over dense, 95 % interval"]
-    lines = []
-    for row in rows:
-        ratio, low, high = row["ratio_to_dense"]
-        cells = [row["method"], f"{row['sparsity']:.1f}", f"{row['active']:.3f}", f"{row['bytes']:.3f}"]
-        lines.append([*cells, f"{row['perplexity']:.2f} ± {row['error']:.2f}", f"{ratio:.2f}× [{low:.2f}, {high:.2f}]"])
-    title = (
-        f"`python bench/training.py`: stories260K, {data['tokens']:,} tokens that it told itself, 64 windows of 256 of "
-        f"real stories; {_on(data['machine'])}."
-    )
-    return [_table(title, header, lines)]
+    tables = []
+    for file, flags, what in (
+        ("training.json", "", "stories260K, {:,} tokens that it told itself, 64 windows of 256 of real stories"),
+        (
+            "training_smollm2.json",
+            " --on smollm2",
+            "SmolLM2-135M, {:,} tokens of WikiText-2 train and C4, 64 windows of 256 of WikiText-2 test; dense is as "
+            "long trained",
+        ),
+        ("e2e.json", None, "SmolLM2-135M, {:,} tokens of E2E, 256 answers and ROUGE-L of 100; dense {} and {}"),
+    ):
+        data = _read(file)
+        rows = [] if data is None else [row for row in data["rows"].values() if name in _trained_by(row)]
+        lines = []
+        for row in rows:
+            ratio, low, high = row["ratio_to_dense"]
+            cells = [row["method"], f"{row['sparsity']:.1f}", f"{row['active']:.3f}", f"{row['bytes']:.3f}"]
+            found = f"{row['perplexity']:.2f}" + (f" ± {row['error']:.2f}" if "error" in row else "")
+            lines.append([*cells, found, f"{ratio:.2f}× [{low:.2f}, {high:.2f}]"])
+            if "rouge_l" in row:
+                lines[-1] += [f"{row['rouge_l']:.1f}", "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row["rouge_less_dense"])]
+        if lines:
+            dense = data["rows"].get("dense", {})
+            known = (data["tokens"], dense.get("perplexity"), dense.get("rouge_l"))
+            script = "bench/e2e.py" if flags is None else f"bench/training.py{flags}"
+            title = f"`python {script}`: {what.format(*known)}; {_on(data['machine'])}."
+            more = ["ROUGE-L", "less dense"] if flags is None else []
+            tables.append(_table(title, header + more, lines))
+    return tables
+
+
+def _trained_by(row: dict) -> list[str]:
+    return row.get("method", "").replace("relu, what", "prosparse").split()
 
 
 def _streamed(name: str) -> list[str]:
