@@ -11,7 +11,7 @@ alone: the context as a prompt, dense, and the answer as decoded, sparse; differ
 Every method is asked for the sparsity at which its FFNs, in 16 bits a weight, read the same share of their bytes on the
 calibration text:
 
-    cats, countdown   1 - 2s/3      one of three matrices whole, the live neurons of the others
+    cats, countdown   1 - 2s/3      one of three matrices whole, the live neurons of the others; 1 - s/2 of two
     lowbit            1 - s + 2/3 · 4.5/16
     teal, wina        1 - s         on the matrices of the FFN alone
     contribution      as lowbit, as if its copies gave the exact measure, which is known when gate and up have run
@@ -77,8 +77,11 @@ from pumice.plan import Plan
 from pumice.report.rows import machine
 
 RESULTS = Path(__file__).parent / "results" / "contextual.json"
-COPIES = 2 / 3 * 4.5 / 16  # bytes of the copies over those of the FFN
-SHARES = (0.6667, 0.8, 0.5)  # of the FFN's bytes; in the first CATS keeps half of the neurons
+COPY = 4.5 / 16  # bytes of a low-bit copy over those of its matrix
+SHARES = {
+    3: (0.6667, 0.8, 0.5),
+    2: (0.5, 0.3, 0.2),
+}  # of the FFN's bytes, by its matrices; at two thirds CATS keeps half
 TASKS = {"local_lambada": "acc", "local_piqa": "acc_norm", "local_hellaswag": "acc_norm", "local_arc_easy": "acc_norm"}
 PARTS = ("recall", "precision", "captured")
 # bits of a weight's code and of its share of scales: gate and up, down (Gemma: Q6_K in half of its blocks, else Q4_K)
@@ -131,15 +134,15 @@ def native_bytes(method: str, name: str) -> Bytes:
 
 def bytes_of(method: str, model) -> Bytes:
     sites = detect(model).of_kind("ffn")
-    d, units, layers = sites[0].matrix("up").shape[1], sites[0].units, len(sites)
+    d, units, layers, matrices = sites[0].matrix("up").shape[1], sites[0].units, len(sites), len(sites[0].parts)
     ffn = sum(site.matrix(role).numel() for site in sites for role in site.parts)
     net = SHARE * sum(parameter.numel() for parameter in model.parameters()) / ffn
     return {
-        "cats": Bytes(1 / 3, 2 / 3),
-        "countdown": Bytes(1 / 3, 2 / 3),
-        "lowbit": Bytes(COPIES),
-        "contribution": Bytes(COPIES),
-        "svd": Bytes(d // 8 * (d + 2 * units) * layers / ffn),
+        "cats": Bytes(1 / matrices, 1 - 1 / matrices),
+        "countdown": Bytes(1 / matrices, 1 - 1 / matrices),
+        "lowbit": Bytes(COPY * (1 - 1 / matrices)),
+        "contribution": Bytes(COPY * (1 - 1 / matrices)),
+        "svd": Bytes(d // 8 * (d + (matrices - 1) * units) * layers / ffn),
         "dejavu": Bytes(d // 8 * (d + units) * layers / ffn),
         "moefication": Bytes(units // 32 * (d + units // 32) * layers / ffn),
         "shadowllm": Bytes(net + 1 / layers, 1 - 1 / layers),
@@ -179,6 +182,9 @@ def solved(model, name: str, cost: Bytes, share: float, text) -> tuple[dict, Pla
     method, more = METHODS[name]
     sparsity = round(cost.sparsity(share), 4)
     asked = {"bits": round((1 - sparsity) * cost.code, 4)} if method == "planes" else {"sparsity": sparsity}
+    if "where" in more:
+        into = detect(model).of_kind("ffn")[0].parts["up"].module
+        more = more | {"where": "*mlp*" if "mlp" in into else "*.fc[12]"}  # OPT's are children of the block
     plan = pumice.sparsify(model, recipe.build(method, asked | more), text, resume=False, check=False)
     return {"sparsity": sparsity} | asked | more, plan
 
@@ -355,8 +361,11 @@ def main() -> None:
             def on_tasks(twin: nn.Module) -> dict:
                 return against(scores_on_tasks(twin, tokenizer, options.tasks), dense)
 
-        todo = [(f"{method} {share:.4g}", method, bytes_of(METHODS[method][0], model), share)
-                for share in SHARES for method in METHODS if method != "planes"]  # fmt: skip
+        matrices = len(detect(model).of_kind("ffn")[0].parts)
+        costs = {method: bytes_of(METHODS[method][0], model) for method in METHODS if method != "planes"}
+        todo = [(f"{method} {share:.4g}", method, cost, share) for share in SHARES[matrices]
+                for method, cost in costs.items()
+                if 0 <= cost.sparsity(share) < 1 and (matrices == 3 or method != "countdown")]  # fmt: skip
         if (name := options.name or options.model) in NATIVE:
             share = native_bytes("cats", name).read(0.5)
             todo += [(f"{method} native", method, native_bytes(method, name), share) for method in ("planes", "teal")]
@@ -369,7 +378,7 @@ def main() -> None:
         for key, method, cost, share in todo:
             if not re.search(options.only, key):
                 continue
-            headline = share not in SHARES[1:]
+            headline = share not in SHARES[matrices][1:]
             if key not in mine["rows"]:
                 mine["rows"][key] = run(model, method, cost, share, text, test, on_tasks if headline else None)
             elif options.device == "cpu" and "ms" not in mine["rows"][key]:  # scored on a GPU

@@ -134,10 +134,10 @@ def begun(family="llama", method=None, **settings):
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 def test_the_soft_forward_and_its_losses_are_the_papers(family):
-    model, arch, method = begun(family)
+    model, arch, method = begun(family, efficiency=0.7)
     model.double()
     stage = method.stages(model, None)[0]
-    stage.eta = 0.7
+    stage.bias = 0.3
     given = batch()
     given["attention_mask"][1, 9:] = 0
     stage.valid = given["attention_mask"].bool()
@@ -151,13 +151,13 @@ def test_the_soft_forward_and_its_losses_are_the_papers(family):
         logits = model(given["input_ids"], attention_mask=given["attention_mask"]).logits
         scores = []
         for one in arch.of_kind("ffn"):
-            z = stage.logits[key(one)].detach().numpy()
+            z = stage.logits[key(one)].detach().numpy() - 0.3
             scores.append(1 / (1 + np.exp(-z[stage.valid.numpy()])))
         terms = {name: term.item() for name, term in stage.terms(logits, given).items()}
         router = model.get_submodule(ROUTERS)[key(site)].weight.detach().numpy()
     for handle in handles:
         handle.remove()
-    g = 1 / (1 + np.exp(-(entries["x"].detach().float().numpy() @ router.T)))
+    g = 1 / (1 + np.exp(0.3 - entries["x"].detach().float().numpy() @ router.T))
     expected = doors["a"].detach().numpy() * np.repeat(g, 4, axis=-1)
     np.testing.assert_allclose(outs["a"].detach().numpy(), expected, rtol=1e-5, atol=1e-6)
     g = np.concatenate([one.flatten() for one in scores])
@@ -182,9 +182,9 @@ def test_with_every_expert_on_stage_two_is_dense(family):
     stage = method.stages(model, None)[1]
     with stage.on(model, arch):
         dense = tiny(family)(IDS).logits
-        stage.logit = -math.inf
+        stage.bias = -math.inf
         torch.testing.assert_close(model(IDS).logits, dense, atol=1e-4, rtol=1e-4)
-        stage.logit = math.inf
+        stage.bias = math.inf
         assert (model(IDS).logits - dense).abs().max() > 1e-2
     assert all(router.weight.requires_grad for router in getattr(model, ROUTERS).values())
     frozen = lte(routers="frozen").stages(model, None)[1]
@@ -196,28 +196,24 @@ def test_in_stage_two_the_threshold_passes_the_gradient_of_the_score():
     model, arch, method = begun()
     stage = method.stages(model, None)[1]
     site = arch.of_kind("ffn")[0]
+    stage.bias = 0.4
     z = torch.randn(1, 3, 11, requires_grad=True)
     stage.logits[key(site)] = z
     a, w = torch.randn(1, 3, 44), torch.randn(1, 3, 44)
     (stage.edit(site, a) * w).sum().backward()
-    score = z.detach().sigmoid()
+    score = (z.detach() - 0.4).sigmoid()
     torch.testing.assert_close(z.grad, (a * w).unflatten(-1, (11, 4)).sum(-1) * score * (1 - score))
-    torch.testing.assert_close(stage.edit(site, a).detach(), a * (z > 0).float().repeat_interleave(4, -1))
+    torch.testing.assert_close(stage.edit(site, a).detach(), a * (z > 0.4).float().repeat_interleave(4, -1))
 
 
-def test_eta_and_the_threshold_are_steered_to_the_budget():
-    soft = Routed(method=lte(), routers=torch.nn.ModuleDict())
-    soft.stepped({"active": 0.9, "half": 0.9})
-    assert soft.eta > 1
-    for _ in range(2):
-        soft.stepped({"active": 0.1, "half": 0.1})
-    assert soft.eta < 1
+@pytest.mark.parametrize("hard", [False, True])
+def test_the_routers_bias_is_steered_to_the_budget(hard):
     z = 2 * torch.randn(10_000, generator=torch.Generator().manual_seed(0)) + 0.7
     for sparsity in (0.1, 0.3, 0.5, 0.8):
-        hard = Routed(method=lte(sparsity=sparsity), routers=torch.nn.ModuleDict(), hard=True)
+        stage = Routed(method=lte(sparsity=sparsity), routers=torch.nn.ModuleDict(), hard=hard)
         for _ in range(100):
-            hard.stepped({"active": (z > hard.logit).float().mean().item()})
-        assert (z <= hard.logit).float().mean() == pytest.approx(sparsity, abs=1e-3)
+            stage.stepped({"active": (z > stage.bias).float().mean().item()})
+        assert (z <= stage.bias).float().mean() == pytest.approx(sparsity, abs=1e-3)
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.8])

@@ -1,8 +1,8 @@
 """LTE: a model learns to need fewer experts, groups of its own neurons, and routers which ones.  arXiv:2402.06126
 
-stage 1   FFN(x) = Σ_i G_i(x) E_i(x),  G = sigmoid(x Wg);   loss + η·mean G² + λ·mean 1/((G - ½)² + ε)
-stage 2   FFN(x) = Σ_i 1[G_i(x) > τ] E_i(x);   loss; routers as they are, or with the gradient of G for that of 1[G > τ]
-η is steered by the share of experts with G > ½, τ between the stages and in the second: the sparsity asked for is met.
+stage 1   FFN(x) = Σ_i G_i(x) E_i(x),  G = sigmoid(x Wg - b);   loss + η·mean G² + λ·mean 1/((G - ½)² + ε)
+stage 2   FFN(x) = Σ_i 1[G_i(x) > ½] E_i(x);   loss; routers as they are, or with the gradient of G for that of 1[G > ½]
+b, one number, is steered by the share of experts with G > ½: the sparsity asked for is met from the first steps on.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ class LTE:
     size: int = 32  # neurons of an expert
     grouping: Literal["kmeans", "random", "neighbours"] = "kmeans"
     start: Literal["needed", "random"] = "needed"  # of the routers
+    efficiency: float = 0.0  # η
     separability: float = 0.5  # λ
     soft: float = 0.1  # of the steps, those of stage 1
     routers: Literal["straight", "frozen"] = "straight"  # in stage 2
@@ -146,8 +147,7 @@ class Routed(Stage):
     hard: bool = False
     earlier: Routed | None = None
     dense: nn.Module | None = field(default=None, repr=False)
-    eta: float = 1.0
-    logit: float = 0.0  # of τ, above which as many experts lie as are to run
+    bias: float = 0.0  # b, above which as many experts lie as are to run
     logits: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of the running forward, by site
     apart: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the same, with no gradient into the model
 
@@ -156,8 +156,8 @@ class Routed(Stage):
         sites = neurons_of(arch, self.method)
         for router in self.routers.values():
             router.requires_grad_(not self.hard or self.straight)
-        if self.earlier is not None and self.logit == 0.0:
-            self.logit = self.earlier.logit
+        if self.earlier is not None and self.bias == 0.0:
+            self.bias = self.earlier.bias
         with edited(sites, model, self.enter, self.edit):
             yield
         self.logits.clear()
@@ -174,18 +174,19 @@ class Routed(Stage):
             self.apart[key(site)] = router(x.detach())
 
     def edit(self, site: Site, a: Tensor) -> Tensor:
-        z = self.logits[key(site)]
+        z = self.logits[key(site)] - self.bias
         share = z.sigmoid()
         if self.hard:
-            share = (z > self.logit).to(z.dtype) + (share - share.detach() if self.straight else 0)
+            share = (z > 0).to(z.dtype) + (share - share.detach() if self.straight else 0)
         share = share.to(a.dtype)
         return a * share.reshape(*a.shape[:-1], -1).repeat_interleave(self.method.size, dim=-1)
 
     def terms(self, logits: Tensor, inputs: dict) -> dict[str, Tensor]:
         if not self.hard:
-            scores = torch.cat([self.rows(z).sigmoid().flatten() for z in self.apart.values()])
+            scores = torch.cat([(self.rows(z) - self.bias).sigmoid().flatten() for z in self.apart.values()])
             apart = (1 / ((scores - 0.5).square() + EPS)).mean() - 1 / (0.25 + EPS)  # 0 where every score is 0 or 1
-            return {"efficiency": self.eta * scores.square().mean(), "separability": self.method.separability * apart}
+            parts = {"efficiency": self.method.efficiency * scores.square().mean()}
+            return parts | {"separability": self.method.separability * apart}
         if not self.method.distill:
             return {}
         with torch.no_grad():
@@ -194,20 +195,17 @@ class Routed(Stage):
         return {"distillation": self.method.distill * F.kl_div(*rows, log_target=True, reduction="batchmean")}
 
     def measured(self) -> dict[str, float]:
-        """The share of experts above ½ in stage 1, and above the threshold that is being looked for."""
+        """The share of experts that ran, in stage 1 of those above ½."""
         z = torch.cat([self.rows(z).detach().flatten() for z in self.logits.values()])
-        active = {} if self.hard else {"half": (z > 0).float().mean().item()}
-        return {"active": (z > self.logit).float().mean().item(), **active}
+        return {"active": (z > self.bias).float().mean().item()}
 
     def stepped(self, numbers: dict[str, float]) -> None:
         # shares of tokens add up over processes, as quantiles do not; a logit's density is some tenths, so that a few
         # steps meet the budget
-        self.logit += numbers["active"] - 1 + self.method.sparsity
-        if not self.hard:
-            self.eta = min(max(self.eta * math.exp(numbers["half"] - 1 + self.method.sparsity), 1e-4), 1e4)
+        self.bias += numbers["active"] - 1 + self.method.sparsity
 
     def state(self) -> dict[str, float]:
-        return {name: getattr(self, name) for name in ("eta", "logit")}
+        return {"bias": self.bias}
 
     @torch.no_grad()
     def dropped(self, model: nn.Module, arch: Arch, batches: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -221,7 +219,7 @@ class Routed(Stage):
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
                 tokens += int(self.valid.sum())
                 for site in sites:
-                    gone = self.rows(self.logits[key(site)]) <= self.logit
+                    gone = self.rows(self.logits[key(site)]) <= self.bias
                     total[site.name] = total.get(site.name, 0.0) + gone.float().mean(-1).sum().item()
         return {name: count / tokens for name, count in total.items()}
 
