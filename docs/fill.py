@@ -64,7 +64,7 @@ def _table(title: str, header: list[str], rows: list[list[str]]) -> str:
 
 
 def _on(machine: dict) -> str:
-    where = machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads"
+    where = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     return f"{where}, torch {machine['torch']}"
 
 
