@@ -37,12 +37,13 @@ goes on.
 Expected: contribution < lowbit < countdown < cats < wina < teal, and lowbit loses at most half of what CATS loses; nets
 behind all of these, since they were made for ReLU; planes lose at most half of what CATS loses. Found on SmolLM2 at two
 thirds of the bytes: contribution < lowbit < teal, greedy < teal = wina < cats, compensated < cats < countdown < svd <
-dejavu < static < moefication, and a global ShadowLLM far behind. So TEAL, which leaves out a third of each matrix, is
-ahead of CATS, which reads the gate whole and leaves out half of the others; and of what selects by nets only DejaVu
-beats the same neurons for every token. lowbit loses 0.10 of what CATS loses; planes, in the codes that the model is
-stored in, 0.15 of it, and on Gemma-3-270m 0.08, in bytes that are asked for (their kernel reads more:
-`bench/planes.py`). Dense formats in those codes: Q5_0 loses less than planes at 1.5 times their bytes, Q4_0 more than
-planes at 1.3 times. Rows that are not here are to be measured.
+dejavu < static, calibrated < moefication = static, fisher, and a global ShadowLLM far behind. So TEAL, which leaves out
+a third of each matrix, is ahead of CATS, which reads the gate whole and leaves out half of the others; and of what nets
+select only DejaVu's neurons lose less than the same neurons for every token. lowbit loses 0.10 of what CATS loses;
+planes, in the codes that the model is stored in, 0.15 of it, and on Gemma-3-270m 0.08, in bytes that are asked for
+(their kernel reads more: `bench/planes.py`). Dense formats in those codes: Q5_0 loses less than planes at 1.5 times
+their bytes, Q4_0 more than planes at 1.3 times. RELU Rows that are not here are to be measured, or ask for bytes that a
+method cannot go down to.
 
 The weights of SmolLM2 were once rounded to about 4 bits, in which a 4-bit copy would save nothing: its 16-bit bytes are
 a convention. Gemma-3-270m keeps 5 to 8 bits in its FFN.
@@ -271,7 +272,8 @@ def table(data: dict) -> str:
             bytes_read = "measure" if row["method"] == "contribution" else f"{row['bytes']:.3f}"
             low, high = row["ratio_to_dense"][1:]
             ratio = f"{row['ratio_to_dense'][0]:.3f} [{low:.3f}, {high:.3f}]"
-            cells = [row["method"], *(f"{row[part]:.3f}" if part in row else "" for part in ("sparsity", "density"))]
+            name = f"{row['method']} ({row['gpu']})" if "gpu" in row else row["method"]
+            cells = [name, *(f"{row[part]:.3f}" if part in row else "" for part in ("sparsity", "density"))]
             cells += [bytes_read]
             cells += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", ratio, row.get("loss_over_that_of_cats", "")]
             cells += [f"{row[part]:.3f}" if part in row else "" for part in ("kl", "same_token", "faster")]

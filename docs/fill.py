@@ -128,7 +128,7 @@ def _pruned(name: str, data: dict, flag: str) -> list[str]:
         scores = [f"{row[f'perplexity_{test}']:.2f} ± {row[f'error_{test}']:.2f}" for test in tests]
         costs = [f"{row['minutes']:.1f}", f"{row['peak_GB']:.1f} GB"]
         if "gpu" in row:
-            costs = [f"{row['minutes']:.1f} ({row['gpu']})", f"{row['peak_GB']:.1f} and {row['gpu_GB']:.1f} GB"]
+            costs = [f"{row['minutes']:.1f} ({row['gpu']})", f"{row['peak_GB']:.1f} GB, GPU {row['gpu_GB']:.1f} GB"]
         what = [row["name"], str(row["sparsity"]), f"{row['calibration']}, seed {row['seed']}"]
         cells.append([*what, *scores, against, *costs])
     header = ["method", "sparsity", "calibration", *tests, "over Wanda, 95 %", "minutes", "peak memory"]
@@ -146,17 +146,18 @@ def _contextual(name: str) -> list[str]:
                 f"dense {found['perplexity']:.2f}. Bytes are of the FFN, in 16 bits a weight or (`native`) in the "
                 "codes that it was stored in. KL to dense and same token on 16 of the windows."
             )
-            cells = []
+            if gpus := {row["gpu"] for row in rows.values() if "gpu" in row}:
+                title += f" Scored on {', '.join(sorted(gpus))}; decoding is timed on a CPU."
+            cells, timed = [], any("faster" in row for row in rows.values())
             for key, row in rows.items():
                 ratio, low, high = row["ratio_to_dense"]
                 read = "the measure" if name == "contribution" else f"{row['bytes']:.3f}"
                 cells.append([key, f"{row['sparsity']:.3f}", f"{row['density']:.3f}", read])
                 cells[-1] += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", f"{ratio:.3f} [{low:.3f}, {high:.3f}]"]
                 cells[-1] += [f"{row['kl']:.3f}", f"{row['same_token']:.3f}"]
-                if any("faster" in row for row in rows.values()):
-                    cells[-1] += [f"{row['faster']:.2f}×" if "faster" in row else ""]
+                cells[-1] += [f"{row['faster']:.2f}×" if "faster" in row else ""] * timed
             header = ["row", "sparsity asked", "live on the test", "bytes", "perplexity", "over dense, 95 %"]
-            header += ["KL", "same token", *(["decoding, fp32"] if len(cells[0]) > len(header) + 2 else [])]
+            header += ["KL", "same token", *["decoding, fp32"] * timed]
             tables.append(_table(title, header, cells))
             tables += _tasks(rows)
     return tables
@@ -182,15 +183,23 @@ def _decides(row: dict, name: str) -> bool:
 def _trained(name: str) -> list[str]:
     header = ["row", "asked", "neurons that ran", "bytes of the FFN", "perplexity", "over dense, 95 % interval"]
     tables = []
-    for file, flags, what in (
-        ("training.json", "", "stories260K, {:,} tokens that it told itself, 64 windows of 256 of real stories"),
+    for file, script, what in (
+        (
+            "training.json",
+            "bench/training.py",
+            "stories260K, {:,} tokens that it told itself, 64 windows of 256 of real stories",
+        ),
         (
             "training_smollm2.json",
-            " --on smollm2",
+            "bench/training.py --on smollm2",
             "SmolLM2-135M, {:,} tokens of WikiText-2 train and C4, 64 windows of 256 of WikiText-2 test; dense is as "
             "long trained",
         ),
-        ("e2e.json", None, "SmolLM2-135M, {:,} tokens of E2E, 256 answers and ROUGE-L of 100; dense {} and {}"),
+        (
+            "e2e.json",
+            "bench/e2e.py",
+            "SmolLM2-135M, {:,} tokens of E2E, perplexity of 256 answers (dense {}) and ROUGE-L of 100 (dense {})",
+        ),
     ):
         data = _read(file)
         rows = [] if data is None else [row for row in data["rows"].values() if name in _trained_by(row)]
@@ -205,9 +214,8 @@ def _trained(name: str) -> list[str]:
         if lines:
             dense = data["rows"].get("dense", {})
             known = (data["tokens"], dense.get("perplexity"), dense.get("rouge_l"))
-            script = "bench/e2e.py" if flags is None else f"bench/training.py{flags}"
+            more = ["ROUGE-L", "less dense"] if "rouge_l" in dense else []
             title = f"`python {script}`: {what.format(*known)}; {_on(data['machine'])}."
-            more = ["ROUGE-L", "less dense"] if flags is None else []
             tables.append(_table(title, header + more, lines))
     return tables
 

@@ -91,5 +91,10 @@ def test_answers_are_greedy_and_sparse_where_the_twin_is(tmp_path):
     assert sparse != found
     for runner, alone in ((model, found), (twin, sparse)):
         assert answers(runner, tokenizer, ["once", "upon a time"], new=12, batch=2) == alone
+    model.generation_config.eos_token_id = found[1][3]  # one answer then ends before the other
+    ended = answers(model, tokenizer, ["once", "upon a time"], new=12)
+    assert len({len(answer) for answer in ended}) == 2
+    assert answers(model, tokenizer, ["once", "upon a time"], new=12, batch=2) == ended
+    assert answers(model, tokenizer, []) == []
     with pytest.raises(PumiceError, match="more than the 64"):
         answers(model, tokenizer, ["x" * 60], new=12)

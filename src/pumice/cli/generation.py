@@ -14,7 +14,7 @@ def generation(
     from rich.table import Table
 
     from pumice.api import attach
-    from pumice.eval.generation import RougeL, answers, asked, examples, same
+    from pumice.eval.generation import RougeL, answers, asked, examples, same, texts
     from pumice.eval.tasks import paired_difference
 
     check_exec(execution)
@@ -28,11 +28,9 @@ def generation(
     for title, runner in runners.items():
         note.print(f"{title}: {len(prompts)} prompts")
         said[title] = answers(runner, loaded.tokenizer, prompts, new=new, title=f"{title}: answers")
-        texts = [
-            loaded.tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip() for ids in said[title]
-        ]
-        scores[title] = rouge_l(texts, chosen)
-        note.print(f"{title}: {texts[0]}", markup=False)
+        lines = texts(said[title], loaded.tokenizer)
+        scores[title] = rouge_l(lines, chosen)
+        note.print(f"{title}: {lines[0]}", markup=False)
     found = {f"rouge_l_{title}": mean(score) for title, score in scores.items()}
     if len(runners) > 1:
         found["sparse_minus_dense"] = paired_difference(scores["sparse"], scores["dense"])

@@ -72,19 +72,20 @@ def answers(
     `batch`: prompts at once, padded on the left. On a CPU one is best: a kernel that skips work reads what any needs.
     """
     device = model.get_input_embeddings().weight.device
-    asked = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    most, longest = max(map(len, asked)), getattr(model.config, "max_position_embeddings", None)
+    given = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    most, longest = max(map(len, given), default=0), getattr(model.config, "max_position_embeddings", None)
     if longest and most + new > longest:
         raise PumiceError(
             f"a prompt of {most} tokens and {new} new ones are more than the {longest} that the model was made for. "
             "Show fewer examples, or ask for fewer tokens."
         )
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)  # padding is masked: any token will do
+    pad = next(token for token in known if token is not None)
     ends = {tokenizer.eos_token_id, *_listed(model.generation_config.eos_token_id)}
     found = []
-    with tqdm(total=len(asked), desc=title, unit="prompt", leave=False) as bar:
-        for start in range(0, len(asked), batch):
-            some = asked[start : start + batch]
+    with tqdm(total=len(given), desc=title, unit="prompt", leave=False) as bar:
+        for start in range(0, len(given), batch):
+            some = given[start : start + batch]
             width = max(map(len, some))
             rows = [[pad] * (width - len(row)) + row for row in some]
             valid = [[0] * (width - len(row)) + [1] * len(row) for row in some]
@@ -109,6 +110,11 @@ def _said(answer: list[int], tokenizer, ends: set[int]) -> list[int]:
             last = place + 1
             break
     return answer[:last]
+
+
+def texts(answered: list[list[int]], tokenizer) -> list[str]:
+    """Answers as text: their first lines."""
+    return [tokenizer.decode(ids, skip_special_tokens=True).partition("\n")[0].strip() for ids in answered]
 
 
 class RougeL:

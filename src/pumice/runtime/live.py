@@ -69,6 +69,12 @@ class Runtime:
         return any(form.first or form.every != 1 for form in self.plan.select.values())
 
     @property
+    def density(self) -> float:
+        """The share of units that ran where they were counted, a mean over sites."""
+        found = [selection.counter.density for selection in self.selections.values()]
+        return sum(found) / len(found)
+
+    @property
     def current(self) -> Step:
         """The step of the running forward; parts of the model called by themselves have none."""
         if self.step is None:

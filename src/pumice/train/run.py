@@ -169,8 +169,7 @@ class Fit:
         twin = attach(self.model, plan, exec="reference", check=False)
         twin.pumice.counting = True
         sparse = scored(twin, rows, prompts=prompts)
-        densities = [selection.counter.density for selection in twin.pumice.selections.values()]
-        return Trained(plan, self.before, dense, sparse, sum(densities) / len(densities), tokens, long)
+        return Trained(plan, self.before, dense, sparse, twin.pumice.density, tokens, long)
 
 
 def say(text: str) -> None:

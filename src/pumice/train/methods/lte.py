@@ -2,7 +2,7 @@
 
 stage 1   FFN(x) = Σ_i G_i(x) E_i(x),  G = sigmoid(x Wg - b);   loss + η·mean G² + λ·mean 1/((G - ½)² + ε)
 stage 2   FFN(x) = Σ_i 1[G_i(x) > ½] E_i(x);   loss; routers as they are, or with the gradient of G for that of 1[G > ½]
-b, one number, is steered by the share of experts with G > ½: the sparsity asked for is met from the first steps on.
+b, one number, is steered by the share of experts with G > ½, so that the sparsity asked for is met as it learns.
 """
 
 from __future__ import annotations
@@ -44,21 +44,22 @@ class LTE:
     """
 
     sparsity: float = 0.5
-    size: int = 32  # neurons of an expert
+    size: int = 8  # neurons of an expert; the paper's 32 cost SmolLM2 far more (bench/groups.py)
     grouping: Literal["kmeans", "random", "neighbours"] = "kmeans"
     start: Literal["needed", "random"] = "needed"  # of the routers
     efficiency: float = 0.0  # η
     separability: float = 0.5  # λ
-    soft: float = 0.1  # of the steps, those of stage 1
+    soft: float = 0.02  # of the steps, those of stage 1
     routers: Literal["straight", "frozen"] = "straight"  # in stage 2
     distill: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.size < 1 or not 0.0 < self.soft < 1.0 or self.separability < 0 or self.distill < 0:
+        weights = {name: getattr(self, name) for name in ("efficiency", "separability", "distill")}
+        if self.size < 1 or not 0.0 < self.soft < 1.0 or min(weights.values()) < 0:
             raise PumiceError(
-                "lte.size is 1 or more, soft between 0 and 1, separability and distill 0 or more; got "
-                f"{self.size}, {self.soft}, {self.separability} and {self.distill}."
+                "lte.size is 1 or more, soft between 0 and 1, efficiency, separability and distill 0 or more; got "
+                f"{self.size}, {self.soft}, {', '.join(map(str, weights.values()))}."
             )
 
     def begin(self, model: nn.Module, arch: Arch, text: Windows) -> Arch:
@@ -72,7 +73,7 @@ class LTE:
                 reorder(site, members.argsort(stable=True))
             d, device = site.matrix(site.in_roles[0]).shape[1], site.matrix("down").device
             router = nn.Linear(d, site.units // self.size, bias=False, device=device)
-            with torch.no_grad():  # small: its entries of unit size then give G about ½, from where both ways are open
+            with torch.no_grad():  # entries of about unit size then give G about ½, from where both ways are open
                 router.weight.copy_(torch.randn(router.weight.shape, generator=generator) / math.sqrt(d))
             routers[key(site)] = router
         if self.start == "needed":
@@ -148,7 +149,7 @@ class Routed(Stage):
     earlier: Routed | None = None
     dense: nn.Module | None = field(default=None, repr=False)
     bias: float = 0.0  # b, above which as many experts lie as are to run
-    logits: dict[str, Tensor] = field(default_factory=dict, repr=False)  # of the running forward, by site
+    logits: dict[str, Tensor] = field(default_factory=dict, repr=False)  # x Wg - b of the running forward, by site
     apart: dict[str, Tensor] = field(default_factory=dict, repr=False)  # the same, with no gradient into the model
 
     @contextmanager
@@ -156,11 +157,12 @@ class Routed(Stage):
         sites = neurons_of(arch, self.method)
         for router in self.routers.values():
             router.requires_grad_(not self.hard or self.straight)
-        if self.earlier is not None and self.bias == 0.0:
-            self.bias = self.earlier.bias
+        if self.earlier is not None:
+            self.bias, self.earlier = self.earlier.bias, None
         with edited(sites, model, self.enter, self.edit):
             yield
         self.logits.clear()
+        self.apart.clear()
 
     @property
     def straight(self) -> bool:
@@ -168,13 +170,13 @@ class Routed(Stage):
 
     def enter(self, site: Site, x: Tensor) -> None:
         router = self.routers[key(site)]
-        x = x.to(router.weight.dtype)  # its own: fp32 whatever the model's
-        self.logits[key(site)] = router(x)
+        x = x.to(router.weight.dtype)  # fp32 whatever the model's
+        self.logits[key(site)] = router(x) - self.bias
         if not self.hard:
-            self.apart[key(site)] = router(x.detach())
+            self.apart[key(site)] = router(x.detach()) - self.bias
 
     def edit(self, site: Site, a: Tensor) -> Tensor:
-        z = self.logits[key(site)] - self.bias
+        z = self.logits[key(site)]
         share = z.sigmoid()
         if self.hard:
             share = (z > 0).to(z.dtype) + (share - share.detach() if self.straight else 0)
@@ -183,7 +185,7 @@ class Routed(Stage):
 
     def terms(self, logits: Tensor, inputs: dict) -> dict[str, Tensor]:
         if not self.hard:
-            scores = torch.cat([(self.rows(z) - self.bias).sigmoid().flatten() for z in self.apart.values()])
+            scores = torch.cat([self.rows(z).sigmoid().flatten() for z in self.apart.values()])
             apart = (1 / ((scores - 0.5).square() + EPS)).mean() - 1 / (0.25 + EPS)  # 0 where every score is 0 or 1
             parts = {"efficiency": self.method.efficiency * scores.square().mean()}
             return parts | {"separability": self.method.separability * apart}
@@ -195,14 +197,15 @@ class Routed(Stage):
         return {"distillation": self.method.distill * F.kl_div(*rows, log_target=True, reduction="batchmean")}
 
     def measured(self) -> dict[str, float]:
-        """The share of experts that ran, in stage 1 of those above ½."""
+        """The share of experts above ½, which in stage 2 are those that ran, and how far their logits spread."""
         z = torch.cat([self.rows(z).detach().flatten() for z in self.logits.values()])
-        return {"active": (z > self.bias).float().mean().item()}
+        return {"active": (z > 0).float().mean().item(), "spread": z.std().item()}
 
     def stepped(self, numbers: dict[str, float]) -> None:
-        # shares of tokens add up over processes, as quantiles do not; a logit's density is some tenths, so that a few
-        # steps meet the budget
-        self.bias += numbers["active"] - 1 + self.method.sparsity
+        # shares of tokens add up over processes, as quantiles do not. The density of logits at their threshold is at
+        # the most about 0.4 / spread, so that twice the spread takes most of a gap away in a step, and never overshoots
+        # far enough to swing
+        self.bias += 2 * numbers["spread"] * (numbers["active"] - 1 + self.method.sparsity)
 
     def state(self) -> dict[str, float]:
         return {"bias": self.bias}
@@ -219,7 +222,7 @@ class Routed(Stage):
                 model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
                 tokens += int(self.valid.sum())
                 for site in sites:
-                    gone = self.rows(self.logits[key(site)]) <= self.bias
+                    gone = self.rows(self.logits[key(site)]) <= 0
                     total[site.name] = total.get(site.name, 0.0) + gone.float().mean(-1).sum().item()
         return {name: count / tokens for name, count in total.items()}
 
