@@ -2,11 +2,15 @@
 
     python bench/relu_model.py --teacher DIR --out DIR [--text FILE] [--tokens N] [--epochs N]         about an hour
 
-A plain ReLU FFN (OPT's architecture; 4 layers, d = 128, 512 neurons a layer, 0.9 M parameters) learns the next-token
-distribution of a teacher, on stories that the teacher tells (temperature 1): KL(teacher ‖ student), AdamW, cosine rate.
-The teacher is a folder with tokenizer of a model of a few hundred thousand parameters, such as llama2.c's stories260K
-in the layout of transformers. With `--text` the perplexity of both on real stories is written beside the weights, and
-`calibration.txt` holds told stories that were not trained on.
+A plain ReLU FFN (OPT's architecture; 4 layers, d = 128, 512 neurons a layer, 0.9 M parameters, or what `--layers` and
+`--width` say) learns the next-token distribution of a teacher, on stories that the teacher tells (temperature 1):
+KL(teacher ‖ student), AdamW, cosine rate. The teacher is a folder with tokenizer of a model of a few hundred thousand
+parameters, such as llama2.c's stories260K in the layout of transformers. With `--text` the perplexity of both on real
+stories is written beside the weights, and `calibration.txt` holds told stories that were not trained on.
+
+With --width 256 --layers 6 --tokens 4000000 --epochs 6 --device cuda it has 5.0 M parameters, learns 24 M tokens in
+three minutes of an H200 that had other work too, and ends at a KL of 0.057 and, on real stories, at a perplexity of
+5.58 where the teacher is at 5.56.
 
     python bench/contextual.py --model DIR --name relu-stories --c4 DIR/calibration.txt --test FILE
 
