@@ -32,7 +32,7 @@ from pumice.calib.data import Windows, tokens
 from pumice.calib.digest import Digesting
 from pumice.calib.journals import Beside, Journals, identity
 from pumice.calib.spill import DEFAULT_GB, Spill
-from pumice.calib.stats import SiteStats
+from pumice.calib.stats import Hessian, SiteStats
 from pumice.calib.stream import GROUP, Source, verify
 from pumice.calib.work import Work
 from pumice.errors import PumiceError
@@ -185,6 +185,8 @@ def _solve(model, chain, text: Windows | None, source: Source, base: dict, *, jo
     if needs_text(chain) and check:
         verify(model, arch, text.ids[:1, :64].to(next(model.parameters()).device))
     work = Work(model=model, arch=arch, windows=text, source=source, sites=sites, journals=journals, spill=spill)
+    if any(Hessian in one.needs for one in chain):
+        work.note_few_tokens()
     given = after.weights if after is not None else {}
     names = dict.fromkeys([*(site.name for site in sites), *(name for name in given if name in arch.sites)])
     known = [arch.sites[name] for name in names]

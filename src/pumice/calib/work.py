@@ -54,6 +54,15 @@ class Work:
             raise PumiceError(f"{what} needs calibration text: give `data`, such as 'builtin' or 'file:PATH'.")
         return self.windows
 
+    def note_few_tokens(self) -> None:
+        """Say where weights will be solved for from hardly more tokens than a matrix has inputs."""
+        tokens, widest = int(self.text("this").valid.sum()), max(site.channels for site in self.sites)
+        if tokens < 2 * widest:  # SmolLM2 at 50 % from one token an input: 118, where a mask alone (Wanda) has 87
+            self.notes.append(
+                f"{tokens:,} calibration tokens are few for matrices of {widest:,} inputs: the new weights fit the "
+                "text more than the model. Take several times as many, or a method that changes no weights (wanda)."
+            )
+
     def shares(self, allocation: str, sparsity: float) -> dict[str, float]:
         """The sparsity of every site under an allocation, exact over all of them; `uniform` says nothing of any."""
         if allocation == "uniform":
