@@ -106,7 +106,12 @@ def _prompt_level(name: str) -> list[str]:
 
 
 def _pruning(name: str) -> list[str]:
-    files = {"": "pruning.json", " --large MODEL": "pruning_large.json", " --quick": "pruning_quick.json"}
+    files = {
+        "": "pruning.json",
+        " --large MODEL": "pruning_large.json",
+        " --few": "pruning_few.json",
+        " --quick": "pruning_quick.json",
+    }
     return [table for flag, file in files.items() if (data := _read(file)) for table in _pruned(name, data, flag)]
 
 

@@ -503,3 +503,12 @@ def test_a_refiner_keeps_to_its_own_where():
 def test_chains_that_undo_themselves_are_refused(recipe, message):
     with pytest.raises(PumiceError, match=message):
         pumice.sparsify(tiny("llama"), recipe, IDS, resume=False)
+
+
+@pytest.mark.parametrize("method, says", [(SparseGPT(), True), (ADMM(), True), (Wanda(), False)])
+def test_weights_that_are_solved_for_from_few_tokens_are_noted(method, says):
+    few, many = (torch.randint(3, 96, (rows, 24), generator=torch.Generator().manual_seed(0)) for rows in (3, 8))
+    for ids, noted in ((few, says), (many, False)):
+        plan = pumice.sparsify(tiny("llama"), method, ids, resume=False, check=False)
+        notes = plan.measurements.get("notes", [])
+        assert any("72 calibration tokens are few for matrices of 44 inputs" in note for note in notes) == noted
