@@ -45,8 +45,8 @@ def lte(**settings):
     return LTE(**{"size": 4, **settings})
 
 
-def learnt(model, method, out, **settings):
-    return train(model, method, ROWS, out, settings=Settings(**{**FAST, **settings}))
+def learnt(model, method, out, resume=True, **settings):
+    return train(model, method, ROWS, out, resume=resume, settings=Settings(**{**FAST, **settings}))
 
 
 def loaded(folder):
@@ -431,14 +431,17 @@ def test_windows_keep_what_is_text_in_them():
     assert {len(one["input_ids"]) for one in text.learn} == {8}
 
 
-def test_other_settings_begin_anew(tmp_path, monkeypatch):
+def test_an_unfinished_run_with_other_settings_is_kept_until_it_is_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(training.Steering, "on_step_end", lambda *a, **k: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
         learnt(tiny("llama"), None, tmp_path / "out")
     stamp = tmp_path / ".out.train/run.json"
     old = stamp.read_text()
-    with pytest.raises(Killed):
+    with pytest.raises(PumiceError, match=r"unfinished run with another lr \(0.01\)\. Its own command goes on"):
         learnt(tiny("llama"), None, tmp_path / "out", lr=1e-3)
+    assert stamp.read_text() == old
+    with pytest.raises(Killed):
+        learnt(tiny("llama"), None, tmp_path / "out", resume=False, lr=1e-3)
     assert stamp.read_text() != old
 
 
@@ -474,7 +477,8 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_place(tmp_path):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda: LTE(soft=1.0), "soft between 0 and 1"),
+        (lambda: LTE(soft=1.0), "lte.soft is between 0 and 1"),
+        (lambda: LTE(efficiency=-1.0), "lte.efficiency is 0 or more; got -1.0"),
         (lambda: LTE(sparsity=1.2), "fraction removed"),
         (lambda: ProSparse(rises=0), "rises 1 or more"),
         (lambda: QSparse(block=-1), "number of channels"),

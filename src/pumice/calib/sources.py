@@ -76,6 +76,8 @@ def _file(where: str) -> list[str]:
             if line.strip()
         ]
     if field is not None:
+        if "," in field:
+            raise PumiceError(f"{path}: #PROMPT,ANSWER (#{field}) is for `train` and `eval --generate` alone.")
         raise PumiceError(f"{path}: a field (#{field}) is for .jsonl files; leave it out.")
     return [text]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def methods_from(method: str | None, recipe_file: str | None, rest: list[str], *
         return recipe.read(Path(recipe_file))
     known = {field.name for name in method.split("+") for field in fields(registry.get(name))}
     for name in settings.keys() - known:
-        raise unknown("flag", f"--{name}", [f"--{other}" for other in (*known, *flags)])
+        raise unknown("flag", f"--{name}", [f"--{other}" for other in sorted({*known, *flags})])
     return recipe.build_all(method, settings | ({"seed": seed} if "seed" in known else {}))
 
 
@@ -53,6 +54,7 @@ def quiet_libraries() -> None:
     no_loading_bars()
     for name in ("transformers", "huggingface_hub", "datasets"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks transformers for it
 
 
 def open_model(name: str, dtype: str | None = None, device: str = "cpu", *, sound: bool = True):

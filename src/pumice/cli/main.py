@@ -109,7 +109,11 @@ def train(
     model: Model,
     out: Annotated[str, typer.Option(help="the folder to write")],
     method: Annotated[
-        str | None, typer.Option(help="lte, prosparse, qsparse; one to train under; none: plain fine-tuning")
+        str | None,
+        typer.Option(
+            help="one that trains (lte, prosparse, qsparse), or whose choices hold meanwhile (cats, griffin, wanda, "
+            "…); none: plain fine-tuning. Its settings are flags: see `pumice methods`"
+        ),
     ] = None,
     data: Annotated[
         str, typer.Option(help="text as elsewhere, or file:PATH#PROMPT,ANSWER (.csv, .jsonl): answers are learnt")

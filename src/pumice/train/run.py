@@ -141,11 +141,16 @@ class Fit:
         of_a_step = self.settings.batch * self.settings.accumulate * parallel.world()
         steps = self.settings.steps or max(1, round(self.settings.epochs * len(self.text.learn) / of_a_step))
         self.examples = steps * of_a_step
+        parts = [max(1, round(steps * stage.share)) for stage in self.stages[:-1]]
         with adapted(self.model, self.arch, self.settings) as whole:
-            for number, stage in enumerate(self.stages):
-                trainer = work.trainer(number, stage, whole, self, max(1, round(steps * stage.share)))
+            for number, (stage, part) in enumerate(zip(self.stages, [*parts, max(1, steps - sum(parts))], strict=True)):
+                trainer = work.trainer(number, stage, whole, self, part)
+                checkpoint = newest(Path(trainer.args.output_dir))
+                if checkpoint is not None:
+                    step = Path(checkpoint).name.rpartition("-")[2]
+                    say(f"{stage.name}: going on after step {step} of {part}, from {work.folder}")
                 with stage.on(self.model, self.arch):
-                    trainer.go(newest(Path(trainer.args.output_dir)))
+                    trainer.go(checkpoint)
 
     def plan(self) -> Plan | None:
         self.model.eval()
@@ -184,6 +189,17 @@ def _stamp(model: nn.Module, method: dict | None, text: Lessons, settings: Setti
     return json.dumps(said | {"method": method, "settings": vars(settings)}, sort_keys=True)
 
 
+def _differing(one: str, other: str) -> str:
+    """In what two stamps differ, for a message: `another lr (0.001) and steps (400)`."""
+    try:
+        a, b = (stamp | stamp.pop("settings") for stamp in map(json.loads, (one, other)))
+    except (ValueError, KeyError, TypeError):  # not whole, or of another version
+        return "other settings"
+    found = {name: a.get(name) for name in b if a.get(name) != b[name]}
+    told = (name if isinstance(value, (dict, str)) else f"{name} ({value})" for name, value in found.items())
+    return f"another {' and '.join(told)}"
+
+
 class Work:
     """The hidden folder of a run: a folder of checkpoints for every stage, and what says whose they are."""
 
@@ -191,7 +207,13 @@ class Work:
         self.folder, self.settings = out.with_name(f".{out.name}.train"), settings
         path = self.folder / "run.json"
         if parallel.rank() == 0:
-            if not (resume and path.exists() and path.read_text() == stamp):
+            before = path.read_text() if resume and path.exists() else stamp
+            if before != stamp:
+                raise PumiceError(
+                    f"{self.folder} holds an unfinished run with {_differing(before, stamp)}. Its own command goes on "
+                    "with it; --no-resume (resume=False) begins anew and drops it."
+                )
+            if not (resume and path.exists()):
                 shutil.rmtree(self.folder, ignore_errors=True)
             with told(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -55,12 +55,12 @@ class LTE:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        weights = {name: getattr(self, name) for name in ("efficiency", "separability", "distill")}
-        if self.size < 1 or not 0.0 < self.soft < 1.0 or min(weights.values()) < 0:
-            raise PumiceError(
-                "lte.size is 1 or more, soft between 0 and 1, efficiency, separability and distill 0 or more; got "
-                f"{self.size}, {self.soft}, {', '.join(map(str, weights.values()))}."
-            )
+        least = {"size": 1, "efficiency": 0, "separability": 0, "distill": 0}
+        for name, low in least.items():
+            if getattr(self, name) < low:
+                raise PumiceError(f"lte.{name} is {low} or more; got {getattr(self, name)}.")
+        if not 0.0 < self.soft < 1.0:
+            raise PumiceError(f"lte.soft is between 0 and 1; got {self.soft}.")
 
     def begin(self, model: nn.Module, arch: Arch, text: Windows) -> Arch:
         """Put the neurons of each expert beside each other, and routers beside the model."""
