@@ -118,7 +118,9 @@ def _print_inspection(data: dict, every_site: bool) -> None:
         return page.print("dense. Make it sparse with `pumice sparsify`; `pumice methods` lists the methods.")
     for entry in data["recipe"]:
         page.print(_said(entry))
-    page.print(f"base: {data['base'].get('name')}, weights {data['base'].get('fingerprint')}")
+    base = data["base"]
+    trained = f", trained from {base['trained_from']}" if "trained_from" in base else ""
+    page.print(f"base: {base.get('name')}, weights {base.get('fingerprint')}{trained}")
     if data["calibration"]:
         page.print("calibrated on: " + ", ".join(f"{key}={value}" for key, value in data["calibration"].items()))
     page.print(f"achieved sparsity {data['sparsity']:.4f} of the {data['sparsity_of']}")
