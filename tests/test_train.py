@@ -200,8 +200,9 @@ def test_in_stage_two_the_threshold_passes_the_gradient_of_the_score():
     stage.logits[key(site)] = z
     a, w = torch.randn(1, 3, 44), torch.randn(1, 3, 44)
     (stage.edit(site, a) * w).sum().backward()
-    score = z.detach().sigmoid()
-    torch.testing.assert_close(z.grad, (a * w).unflatten(-1, (11, 4)).sum(-1) * score * (1 - score))
+    score, gives = z.detach().sigmoid(), (a * w).unflatten(-1, (11, 4)).sum(-1)
+    expected = (gives - gives.mean(-1, keepdim=True)) * score * (1 - score)
+    torch.testing.assert_close(z.grad, expected)
     torch.testing.assert_close(stage.edit(site, a).detach(), a * (z > 0).float().repeat_interleave(4, -1))
 
 

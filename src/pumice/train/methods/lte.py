@@ -179,7 +179,10 @@ class Routed(Stage):
         z = self.logits[key(site)]
         share = z.sigmoid()
         if self.hard:
-            share = (z > 0).to(z.dtype) + (share - share.detach() if self.straight else 0)
+            # less the mean: every expert that is on helps, so that all logits rose together, chased by b, and routers
+            # learnt little else (stories260K at 80 %: perplexity 9.7, frozen routers 7.1)
+            apart = share - share.mean(-1, keepdim=True)
+            share = (z > 0).to(z.dtype) + (apart - apart.detach() if self.straight else 0)
         share = share.to(a.dtype)
         return a * share.reshape(*a.shape[:-1], -1).repeat_interleave(self.method.size, dim=-1)
 
