@@ -433,16 +433,24 @@ def test_windows_keep_what_is_text_in_them():
 
 
 def test_an_unfinished_run_with_other_settings_is_kept_until_it_is_dropped(tmp_path, monkeypatch):
-    monkeypatch.setattr(training.Steering, "on_step_end", lambda *a, **k: (_ for _ in ()).throw(Killed))
+    count, real = [], training.Steering.on_step_end
+
+    def dies(self, *args, **kwargs):
+        real(self, *args, **kwargs)
+        count.append(1)
+        if len(count) > 1:  # the first step's checkpoint is there
+            raise Killed
+
+    monkeypatch.setattr(training.Steering, "on_step_end", dies)
     with pytest.raises(Killed):
-        learnt(tiny("llama"), None, tmp_path / "out")
+        learnt(tiny("llama"), None, tmp_path / "out", save_every=1)
     stamp = tmp_path / ".out.train/run.json"
     old = stamp.read_text()
-    with pytest.raises(PumiceError, match=r"unfinished run with another lr \(0.01\)\. Its own command goes on"):
-        learnt(tiny("llama"), None, tmp_path / "out", lr=1e-3)
+    with pytest.raises(PumiceError, match=r"unfinished run with other settings: lr \(0.01\)\. Its own command goes on"):
+        learnt(tiny("llama"), None, tmp_path / "out", lr=1e-3, save_every=1)
     assert stamp.read_text() == old
     with pytest.raises(Killed):
-        learnt(tiny("llama"), None, tmp_path / "out", resume=False, lr=1e-3)
+        learnt(tiny("llama"), None, tmp_path / "out", resume=False, lr=1e-3, save_every=1)
     assert stamp.read_text() != old
 
 

@@ -190,14 +190,14 @@ def _stamp(model: nn.Module, method: dict | None, text: Lessons, settings: Setti
 
 
 def _differing(one: str, other: str) -> str:
-    """In what two stamps differ, for a message: `another lr (0.001) and steps (400)`."""
+    """In what two stamps differ, for a message: `other settings: lr (0.001), steps (400)`."""
     try:
         a, b = (stamp | stamp.pop("settings") for stamp in map(json.loads, (one, other)))
     except (ValueError, KeyError, TypeError):  # not whole, or of another version
         return "other settings"
     found = {name: a.get(name) for name in b if a.get(name) != b[name]}
     told = (name if isinstance(value, (dict, str)) else f"{name} ({value})" for name, value in found.items())
-    return f"another {' and '.join(told)}"
+    return f"other settings: {', '.join(told)}"
 
 
 class Work:
@@ -208,12 +208,12 @@ class Work:
         path = self.folder / "run.json"
         if parallel.rank() == 0:
             before = path.read_text() if resume and path.exists() else stamp
-            if before != stamp:
+            if before != stamp and any(newest(stage) for stage in self.folder.glob("stage-*")):
                 raise PumiceError(
                     f"{self.folder} holds an unfinished run with {_differing(before, stamp)}. Its own command goes on "
                     "with it; --no-resume (resume=False) begins anew and drops it."
                 )
-            if not (resume and path.exists()):
+            if before != stamp or not (resume and path.exists()):
                 shutil.rmtree(self.folder, ignore_errors=True)
             with told(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
