@@ -299,11 +299,15 @@ def plot(data: dict) -> None:
         for key, row in model["rows"].items():
             of = "in the codes that it was stored in" if "native" in key else "in 16 bits a weight"
             panels.setdefault((name, of), []).append(row)
+    panels = {key: rows for key, rows in panels.items() if len(rows) > 2}  # less is no picture
+    methods = list(dict.fromkeys(row["method"] for rows in panels.values() for row in rows))
+    colour = dict(zip(methods, pyplot.colormaps["tab20"].colors * 2, strict=False))
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.4 * len(panels), 4.6), squeeze=False)
     for axis, ((name, of), rows) in zip(axes[0], panels.items(), strict=True):
         for method in dict.fromkeys(row["method"] for row in rows):
             points = sorted((row["bytes"], row["ratio_to_dense"][0]) for row in rows if row["method"] == method)
-            axis.plot(*zip(*points, strict=True), marker="s" if method.startswith("dense") else "o", label=method)
+            axis.plot(*zip(*points, strict=True), marker="s" if method.startswith("dense") else "o", label=method,
+                      color=colour[method])  # fmt: skip
         axis.axhline(1.0, color="grey", linestyle=":")
         axis.set(title=name, xlabel=f"bytes of the FFN that a token reads, {of}", yscale="log")
         axis.legend(fontsize=7)
