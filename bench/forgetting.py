@@ -37,9 +37,8 @@ from pumice.train.text import UNLEARNT, lessons, padded
 
 RESULTS = Path(__file__).parent / "results"
 WINDOW, DOCUMENTS = 256, 100
-SIZE = 8  # neurons of an expert
 GENERAL = ("local_piqa", "local_arc_easy")
-WAYS = {"dense": None, "lte": ("lte", {"sparsity": 0.5, "size": SIZE})}
+WAYS = {"dense": None, "lte": ("lte", {"sparsity": 0.5})}
 
 
 def path(way: str) -> Path:

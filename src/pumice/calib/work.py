@@ -55,12 +55,12 @@ class Work:
         return self.windows
 
     def note_few_tokens(self) -> None:
-        """Say where weights will be solved for from hardly more tokens than a matrix has inputs."""
+        """Say where a Hessian will be of hardly more tokens than a matrix has inputs."""
         tokens, widest = int(self.text("this").valid.sum()), max(site.channels for site in self.sites)
         if tokens < 2 * widest:  # SmolLM2 at 50 % from one token an input: 118, where a mask alone (Wanda) has 87
             self.notes.append(
-                f"{tokens:,} calibration tokens are few for matrices of {widest:,} inputs: the new weights fit the "
-                "text more than the model. Take several times as many, or a method that changes no weights (wanda)."
+                f"{tokens:,} calibration tokens are few for matrices of {widest:,} inputs: a Hessian of them fits "
+                "the text more than the model. Take several times as many, or a method that needs none (wanda)."
             )
 
     def shares(self, allocation: str, sparsity: float) -> dict[str, float]:

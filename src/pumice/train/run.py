@@ -196,8 +196,8 @@ def _differing(one: str, other: str) -> str:
     except (ValueError, KeyError, TypeError):  # not whole, or of another version
         return "other settings"
     found = {name: a.get(name) for name in b if a.get(name) != b[name]}
-    told = (name if isinstance(value, (dict, str)) else f"{name} ({value})" for name, value in found.items())
-    return f"other settings: {', '.join(told)}"
+    names = (name if isinstance(value, (dict, str)) else f"{name} ({value})" for name, value in found.items())
+    return f"other settings: {', '.join(names)}"
 
 
 class Work:
