@@ -69,8 +69,8 @@ def answers(
 ) -> list[list[int]]:
     """The greedy answer to each prompt, in tokens: up to the end of the line, or `new` tokens.
 
-    `batch`: prompts at once, padded on the left. A kernel that skips work reads what any of them needs, so that one at a
-    time skips most.
+    `batch`: prompts at once, padded on the left. A kernel that skips work reads what any of them needs:
+    one at a time skips most.
     """
     device = model.get_input_embeddings().weight.device
     given = [tokenizer(prompt)["input_ids"] for prompt in prompts]
