@@ -35,6 +35,9 @@ inline float half_to_float(uint16_t h) {
 // Rows [first, last) of y for n <= MAX_ROWS rows of x, in fp32, each `padded(m)` long. y is [n, out].
 using Product = void (*)(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
 
+// Those rows of y that are in a list, for a matrix in fp32 or bf16 that stores every weight.
+using Gather = void (*)(const Matrix& m, const float* x, int n, float* y, const int32_t* list, int64_t count);
+
 // y[r, j] += Σ_i a[r, live_i] · m[live_i, j] for columns [first, last) of the rows of m. a is [n, m.out], y [n, m.in].
 using Accumulate = void (*)(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
                             int64_t first, int64_t last);
@@ -44,16 +47,19 @@ using Accumulate = void (*)(const Matrix& m, const int32_t* live, int64_t count,
 struct Rounded {
     const int8_t* codes;  // [n, padded(m)]
     const float* scales;  // [n, groups(m)]
+    const float* eights;  // [n, groups(m)]: 8 · scale · Σ codes
 };
 using Near = void (*)(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last);
 
 void portable_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last);
 void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
+void portable_gather(const Matrix& m, const float* x, int n, float* y, const int32_t* list, int64_t count);
 void portable_accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
                          int64_t first, int64_t last);
 #ifdef PUMICE_AVX2
 void avx2_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last);
 void avx2(const Matrix& m, const float* x, int n, float* y, int64_t first, int64_t last);
+void avx2_gather(const Matrix& m, const float* x, int n, float* y, const int32_t* list, int64_t count);
 void avx2_accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
                      int64_t first, int64_t last);
 #endif

@@ -47,6 +47,10 @@ void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, i
     }
 }
 
+void portable_gather(const Matrix& m, const float* x, int n, float* y, const int32_t* list, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) portable(m, x, n, y, list[i], list[i] + 1);
+}
+
 void portable_accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
                          int64_t first, int64_t last) {
     for (int64_t i = 0; i < count; ++i)

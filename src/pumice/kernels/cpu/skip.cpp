@@ -49,6 +49,7 @@ struct Work {
     const Units* u;
     const uint8_t* given;  // [n, units]: which are live, or null: their scores say it
     Product product;
+    Gather gather;
     Accumulate accumulate;
     Near near;
     const float* x;   // [n, padded(first)] of an FFN
@@ -57,17 +58,12 @@ struct Work {
     float* other;     // [n, units]
     float* routes;    // [n, units / group]
     int32_t* live;    // [units]: those of thread t begin at the first unit of t
+    uint8_t* who;     // [units]: for which rows of x each of them is, a bit a row
     int64_t* counts;  // [threads]
     float* y;         // [n, out]
     int n;
     int64_t total;    // live units of all threads
     int64_t own;      // Σ over rows of the units that are live for the row itself
-
-    static void fetch(const Matrix& m, int64_t row) {
-        const int64_t size = m.in * (m.kind == F32 ? 4 : 2);
-        const char* from = static_cast<const char*>(m.values) + row * size;
-        for (int64_t byte = 0; byte < size && byte < 1024; byte += 64) __builtin_prefetch(from + byte);
-    }
 
     // Whether a unit is known before its matrices are read.
     bool early() const { return given || u->router.values || u->near_first.values; }
@@ -105,55 +101,44 @@ struct Work {
                 product(u->first, x, n, a, start, end);
             }
             for (int64_t unit = start; unit < end; ++unit) {
-                bool any = false;
+                unsigned any = 0;  // a bit for each row
                 for (int r = 0; r < n; ++r) {
                     float& z = a[r * units + unit];
-                    float& o = other[r * units + unit];
                     const bool one = given              ? given[r * units + unit]
                                      : u->router.values ? is_routed(r, unit / u->group)
-                                                        : is_live(size(z, o, unit), unit);
-                    any |= one;
+                                                        : is_live(size(z, other[r * units + unit], unit), unit);
+                    any |= unsigned(one) << r;
                     own_found += one;
-                    if (u->first.values) o = one;
-                    else if (!one) z = 0.0f;
+                    if (!u->first.values && !one) z = 0.0f;
                 }
-                if (any) live[first + found++] = int32_t(unit);
+                if (any) who[first + found] = uint8_t(any), live[first + found++] = int32_t(unit);
             }
         }
-        if (u->first.values) finish(first, found);
+        if (u->first.values) finish(live + first, found, who + first);
         *count = found;
         *mine = own_found;
     }
 
-    // The second matrix for the live units, the activation, and zeros where a row does without the unit.
-    void finish(int64_t first, int64_t found) const {
-        const int64_t units = u->down.out;
-        for (int64_t i = first; i < first + found; ++i) {
-            const int64_t unit = live[i];
-            if (i + 1 < first + found) {  // the rows are far apart, and each is over before the processor sees it coming
-                if (early()) fetch(u->first, live[i + 1]);
-                if (u->second.values) fetch(u->second, live[i + 1]);
-            }
-            float kept[MAX_ROWS], z[MAX_ROWS];
-            for (int r = 0; r < n; ++r) kept[r] = other[r * units + unit];
-            if (early()) product(u->first, x, n, a, unit, unit + 1);
+    // The rows of the live units that are still to be read, the activation, and zeros where a row does without the unit.
+    void finish(const int32_t* units, int64_t count, const uint8_t* who) const {
+        const int64_t all = u->down.out;
+        const float *first = u->first.bias, *second = u->second.bias;
+        if (early()) gather(u->first, x, n, a, units, count);
+        if (u->second.values) gather(u->second, x, n, other, units, count);
+        for (int64_t i = 0; i < count; ++i)
             for (int r = 0; r < n; ++r) {
-                z[r] = a[r * units + unit];
-                if (early() && u->first.bias) z[r] += u->first.bias[unit];
+                const int64_t unit = units[i];
+                float& z = a[r * all + unit];
+                if (early() && first) z += first[unit];
+                const float o = u->second.values ? other[r * all + unit] + (second ? second[unit] : 0.0f) : 1.0f;
+                const float value = u->gated_by == 2 ? z * act(u->activation, o) : act(u->activation, z) * o;
+                z = who[i] >> r & 1 ? value : 0.0f;
             }
-            if (u->second.values) product(u->second, x, n, other, unit, unit + 1);
-            for (int r = 0; r < n; ++r) {
-                const float bias = u->second.bias ? u->second.bias[unit] : 0.0f;
-                const float o = u->second.values ? other[r * units + unit] + bias : 1.0f;
-                const float value = u->gated_by == 2 ? z[r] * act(u->activation, o) : act(u->activation, z[r]) * o;
-                a[r * units + unit] = kept[r] != 0.0f ? value : 0.0f;
-            }
-        }
     }
 };
 
 // x [n, padded] in int8, the even columns of each group before the odd ones. NaN and infinity give scales that are so too.
-void round(const float* x, int64_t n, int64_t columns, int8_t* codes, float* scales) {
+void round(const float* x, int64_t n, int64_t columns, int8_t* codes, float* scales, float* eights) {
     for (int64_t g = 0; g < n * columns / GROUP; ++g, x += GROUP, codes += GROUP) {
         float largest = 0.0f, odd = 0.0f;
         for (int i = 0; i < GROUP; ++i) {
@@ -162,10 +147,13 @@ void round(const float* x, int64_t n, int64_t columns, int8_t* codes, float* sca
         }
         scales[g] = largest / 127.0f + odd;
         const float inverse = scales[g] > 0.0f ? 1.0f / scales[g] : 0.0f;
+        int sum = 0;
         for (int i = 0; i < GROUP; ++i) {
             const float code = std::nearbyint(x[i] * inverse);
-            codes[(i & 1) * GROUP / 2 + i / 2] = int8_t(code >= -127.0f ? code <= 127.0f ? code : 127.0f : -127.0f);
+            sum += codes[(i & 1) * GROUP / 2 + i / 2] =
+                int8_t(code >= -127.0f ? code <= 127.0f ? code : 127.0f : -127.0f);
         }
+        eights[g] = 8.0f * scales[g] * float(sum);
     }
 }
 
@@ -245,12 +233,13 @@ using namespace pumice;
 // rows of x together), and the sum over rows of x of the units that are live for it. 0: done; 1: no memory.
 PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units, void* y, int64_t n, int io, int avx,
                        int64_t* read) {
-    static thread_local Scratch wide, given, others, sums, lists, bytes, steps, ranks, groups_of;
+    static thread_local Scratch wide, given, others, sums, lists, bytes, steps, ranks, groups_of, rows_of;
     Product product = portable;
+    Gather gather = portable_gather;
     Accumulate accumulate = portable_accumulate;
     Near near = portable_near;
 #ifdef PUMICE_AVX2
-    if (avx) product = avx2, accumulate = avx2_accumulate, near = avx2_near;
+    if (avx) product = avx2, gather = avx2_gather, accumulate = avx2_accumulate, near = avx2_near;
 #endif
     const int64_t units = u->down.out, out = u->down.in, d = u->first.values ? u->first.in : units;
     int64_t counts[THREADS];
@@ -258,17 +247,19 @@ PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units,
     float* other = u->first.values ? others.of(n * units) : a;
     float* total = io == F32 ? static_cast<float*>(y) : sums.of(n * out);
     int32_t* live = reinterpret_cast<int32_t*>(lists.of(units));
+    uint8_t* who = reinterpret_cast<uint8_t*>(rows_of.of((units + 3) / 4));
     float* columns = u->first.values ? wide.of(n * padded(u->first)) : a;
     float* routes = u->router.values ? groups_of.of(n * u->router.out) : a;
-    if (!a || !other || !total || !live || !columns || !routes) return 1;
+    if (!a || !other || !total || !live || !who || !columns || !routes) return 1;
     widen(x, io, n, d, u->first.values ? padded(u->first) : units, columns);
-    Rounded rounded{nullptr, nullptr};
+    Rounded rounded{nullptr, nullptr, nullptr};
     if (!live_units && u->near_first.values) {
         int8_t* codes = reinterpret_cast<int8_t*>(bytes.of(n * padded(u->first)));
-        float* scales = steps.of(n * groups(u->first));
+        float* scales = steps.of(2 * n * groups(u->first));
+        float* eights = scales + n * groups(u->first);
         if (!codes || !scales) return 1;
-        round(columns, n, padded(u->first), codes, scales);
-        rounded = {codes, scales};
+        round(columns, n, padded(u->first), codes, scales, eights);
+        rounded = {codes, scales, eights};
     }
     if (!live_units && u->drop) {
         float* scratch = ranks.of(2 * u->block);
@@ -277,7 +268,7 @@ PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units,
         largest(*u, columns, n, scratch, chosen);
         live_units = chosen;
     }
-    Work w{u, live_units, product, accumulate, near, columns, rounded, a, other, routes, live, counts, total, int(n), 0, 0};
+    Work w{u, live_units, product, gather, accumulate, near, columns, rounded, a, other, routes, live, who, counts, total, int(n), 0, 0};
     run(w);
     for (int64_t r = 0; r < n; ++r)
         for (int64_t j = 0; j < out; ++j) {
