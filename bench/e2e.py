@@ -143,7 +143,8 @@ def fill(options: argparse.Namespace, data: dict) -> None:
     data |= {"protocol": protocol, "machine": machine()}
 
     def keep(key: str, model, plan, more: dict) -> None:
-        row = data["rows"][key] = more | {"device": options.device} | scores(model, tokenizer, plan, pairs, prompts, wanted)
+        row = data["rows"][key] = more | scores(model, tokenizer, plan, pairs, prompts, wanted)
+        row["device"] = options.device
         row["bytes"] = share(row.get("method", ""), row["active"], model, START)
         text = json.dumps(finished(data), indent=1, ensure_ascii=False) + "\n"
         write(PATH, lambda part: part.write_text(text))

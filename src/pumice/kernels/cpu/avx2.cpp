@@ -321,12 +321,11 @@ void near_rows(const Matrix& m, const Rounded& x, float* y, int64_t first, int64
         }
         // `count` groups, of which the scales are four[0..]
         const auto some = [&](int64_t g, int count, const uint8_t* from, __m128 four) __attribute__((always_inline)) {
+            const auto load = [&](const float* p) { return count == 4 ? _mm_loadu_ps(p) : _mm_load_ss(p); };
             alignas(16) float steps[R][4];
             for (int r = 0; r < R; ++r) {
-                const __m128 of_x = count == 4 ? _mm_loadu_ps(x.scales + r * all + g) : _mm_load_ss(x.scales + r * all + g);
-                const __m128 eights = count == 4 ? _mm_loadu_ps(x.eights + r * all + g) : _mm_load_ss(x.eights + r * all + g);
-                _mm_store_ps(steps[r], _mm_mul_ps(four, of_x));
-                raised[r] = _mm_fmadd_ps(four, eights, raised[r]);
+                _mm_store_ps(steps[r], _mm_mul_ps(four, load(x.scales + r * all + g)));
+                raised[r] = _mm_fmadd_ps(four, load(x.eights + r * all + g), raised[r]);
             }
             for (int i = 0; i < count; ++i) {
                 const __m256i w = spread_codes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * GROUP / 2)));
@@ -340,8 +339,10 @@ void near_rows(const Matrix& m, const Rounded& x, float* y, int64_t first, int64
             }
         };
         int64_t g = 0;
-        for (; g + 4 <= full; g += 4)
-            some(g, 4, codes + g * GROUP / 2, _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + g))));
+        for (; g + 4 <= full; g += 4) {
+            const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + g));
+            some(g, 4, codes + g * GROUP / 2, _mm_cvtph_ps(four));
+        }
         for (; g < full; ++g) some(g, 1, codes + g * GROUP / 2, _mm_set_ss(_cvtsh_ss(scales[g])));
         if (full < all) {  // what lies behind the last column meets zeros of x
             alignas(16) uint8_t rest[16] = {};
