@@ -26,7 +26,8 @@ and the same in the codes that the model was stored in (`native`), where CATS at
     cats              gate whole, live rows of `up`, the scales of `down` (32 neurons share one) and its live columns
     teal, planes      all scales; the codes of live columns, or the planes of them that are read
 
-`planes` at half of the FFN's bytes too, and dense with the FFN rounded to formats that a user could take in its place.
+`planes` at half of the FFN's bytes too, and dense with the FFN rounded to formats that a user could take in its place:
+of Q3_K `down` alone, since rows of 576 and 640 hold no whole blocks of 256 and llama.cpp takes IQ4_NL for them.
 lowbit and contribution add the mean of what is dropped, which CATS as published does not; `cats, compensated` does.
 `bytes` is what the achieved share of live units on the test text then reads. Ratios are to dense, paired bootstrap over
 windows. `faster`: decoding after 64 tokens in fp32, dense and sparse in turn in one run, medians of 96 tokens each, on
@@ -55,12 +56,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import ctypes
 import json
 import re
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize, quantize
@@ -89,7 +92,8 @@ TASKS = {"local_lambada": "acc", "local_piqa": "acc_norm", "local_hellaswag": "a
 PARTS = ("recall", "precision", "captured")
 # bits of a weight's code and of its share of scales: gate and up, down (Gemma: Q6_K in half of its blocks, else Q4_K)
 NATIVE = {"smollm2": ((4, 1), (4, 1)), "gemma-3-270m": ((5, 0.5), (5, 0.53125))}
-FORMATS = ("Q8_0", "Q5_0", "Q4_0")
+FORMATS = ("Q8_0", "Q5_0", "Q4_0", "Q3_K")
+NAMES = {"Q3_K": "q3_K", "IQ4_NL": "iq4_nl"}  # of llama.cpp's functions
 CRITERIA = ("plainact", "l2_norm", "grad_norm", "fisher", "snip", "grasp", "nwot")  # the other two are of heads
 NETS = {"dejavu": ("dejavu", {}), "shadowllm, global": ("shadowllm", {"style": "global"})}
 NETS |= {"moefication": ("moefication", {})}
@@ -226,19 +230,42 @@ def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> di
     }
 
 
+def ggml(values: np.ndarray, form: str) -> tuple[np.ndarray, int]:
+    """A matrix rounded to a format of GGUF, and the bytes that its codes take.
+
+    gguf writes the plain formats; for the others it is the code of llama.cpp, in the library of xllamacpp.
+    """
+    kind = GGMLQuantizationType[form]
+    block, size = GGML_QUANT_SIZES[kind]
+    if form in ("Q8_0", "Q5_0", "Q4_0"):
+        codes = quantize(values, kind)
+    else:
+        import xllamacpp
+
+        values, (rows, columns) = np.ascontiguousarray(values, np.float32), values.shape
+        codes = np.empty((rows, columns // block * size), np.uint8)
+        write_codes = getattr(ctypes.CDLL(xllamacpp.xllamacpp.__file__), f"quantize_{NAMES[form]}")
+        pointers = (array.ctypes.data_as(ctypes.c_void_p) for array in (values, codes))
+        write_codes(*pointers, ctypes.c_int64(rows), ctypes.c_int64(columns), None)
+    return dequantize(codes, kind), codes.nbytes
+
+
 def rounded(model, form: str, name: str, test) -> dict:
-    """Dense, with the FFN's matrices rounded to one of GGUF's formats."""
+    """Dense, with the FFN's matrices rounded to one of GGUF's formats, or what llama.cpp takes where a row has no
+    whole blocks of it."""
     (code, scale), (down, shared) = NATIVE[name]
+    block, total, weights = GGML_QUANT_SIZES[GGMLQuantizationType[form]][0], 0, 0
     with torch.no_grad():
         for site in detect(model := copy.deepcopy(model)).of_kind("ffn"):
             for role in site.parts:
-                codes = quantize(site.weight_of(role).cpu().numpy(), GGMLQuantizationType[form])
-                site.matrix(role).copy_(torch.from_numpy(dequantize(codes, GGMLQuantizationType[form])))
-    block, size = GGML_QUANT_SIZES[GGMLQuantizationType[form]]
+                values = site.weight_of(role).cpu().numpy()
+                values, size = ggml(values, "IQ4_NL" if values.shape[1] % block else form)
+                site.matrix(role).copy_(torch.from_numpy(values))
+                total, weights = total + size, weights + values.size
     return {
         "method": f"dense {form}",
         "share": 1.0,
-        "bytes": round(3 * 8 * size / block / (2 * (code + scale) + down + shared), 4),
+        "bytes": round(3 * 8 * total / weights / (2 * (code + scale) + down + shared), 4),
         "losses": [round(loss, 6) for loss in perplexity(model, test).losses],
     }
 

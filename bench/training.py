@@ -19,6 +19,7 @@ reads: live rows and columns, whole matrices where they tell, and routers.
     relu + dejavu, moefication   the ReLU model's neurons by nets of rank d/2 (SmolLM2: d/8), by routers (mlp)
     relu + shadowllm             the same by one net for all layers, 2 % of the model
     cats, cats trained           gate whole, as prosparse; trained: the same tokens under its plan
+    lowbit trained               4.5 bits a weight of gate and up, then the three matrices of live neurons
     griffin, griffin trained     the prompt's neurons; here the first half of a window is the prompt, and the other is
                                  scored (dense then too)
     qsparse                      1 - s of all matrices, attention's too: no neighbour of the others
@@ -58,6 +59,7 @@ from pumice.train.score import scored
 from relu_model import told
 
 RESULTS = Path(__file__).parent / "results"
+COPY = 4.5 / 16  # bytes of a low-bit copy over those of its matrix
 SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
 WINDOW = 256
 
@@ -72,6 +74,7 @@ class Start:
     rank: int  # of DejaVu's nets
     training: Settings  # with steps that `--steps` replaces
     told: bool = False  # it learns what it told itself: plain training has nothing to gain
+    relu: bool = False  # its activation is one already
 
     @property
     def path(self) -> Path:
@@ -80,7 +83,8 @@ class Start:
     @property
     def trained(self) -> dict[str, tuple[str, dict]]:
         lte = {"lte": ("lte", {"size": self.size}), "prosparse": ("prosparse", {}), "qsparse": ("qsparse", {})}
-        return lte | {"cats trained": ("cats", {"first": 0}), "griffin trained": ("griffin", {})}
+        free = {"cats": {"first": 0}, "griffin": {}, "lowbit": {"first": 0}}
+        return lte | {f"{name} trained": (name, given) for name, given in free.items()}
 
     @property
     def on_relu(self) -> dict[str, tuple[str, dict]]:
@@ -93,6 +97,15 @@ class Start:
 
 STARTS = {
     "stories": Start("training", "stories260K", 4, 32, Settings(steps=500, batch=8, lr=1e-3), told=True),
+    "relu": Start(
+        "training_relu",
+        "a ReLU model of 5 M parameters",
+        32,
+        64,
+        Settings(steps=300, batch=8, lr=5e-4, bf16=True),
+        told=True,
+        relu=True,
+    ),
     "smollm2": Start("training_smollm2", "SmolLM2-135M", 8, 72, Settings(steps=600, batch=16, lr=1e-4, bf16=True)),
 }
 FREE = {"cats": ("cats", {"first": 0}), "griffin": ("griffin", {})}
@@ -102,17 +115,18 @@ def share(name: str, active: float, model, start: Start) -> float:
     """Of the FFN's bytes, those that a token reads."""
     arch = detect(model)
     sites = arch.of_kind("ffn")
-    d, units = sites[0].matrix("up").shape[1], sites[0].units
-    ffn, groups = 3 * d * units, units // start.size
+    d, units, matrices = sites[0].matrix("up").shape[1], sites[0].units, len(sites[0].parts)
+    ffn, groups = matrices * d * units, units // start.size
     weights = sum(parameter.numel() for parameter in model.parameters())
     whole = {
         "lte": d * groups,
         "relu + dejavu": start.rank * (d + units),
         "relu + moefication": groups * (d + groups),
         "relu + shadowllm": SHARE * weights / len(sites),
+        "lowbit trained": COPY * (matrices - 1) * d * units,
     }
     if name.startswith(("cats", "prosparse", "relu,")):
-        return round((1 + 2 * active) / 3, 4)
+        return round((1 + (matrices - 1) * active) / matrices, 4)
     return round(active + whole.get(name, 0) / ffn, 4)
 
 
@@ -260,7 +274,11 @@ def fill(options: argparse.Namespace, data: dict, start: Start) -> None:
         data["dense halves"] = [round(loss, 6) for loss in scored(dense(), halves).losses]
     if wanted(other := "dense trained" if start.told else "not trained"):
         keep(other, 0.0, learnt(None)[0] if start.told else base, None, other)
-    relu = None
+
+    @cache
+    def relu() -> tuple:
+        return (base, None) if start.relu else learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))
+
     for s in SPARSITIES:
         for name, (method, given) in start.trained.items():
             if wanted(key := f"{name} {s}"):
@@ -270,11 +288,9 @@ def fill(options: argparse.Namespace, data: dict, start: Start) -> None:
                 keep(name, s, dense(), solved(dense(), method, {"sparsity": s} | given), key)
         for name, (method, given) in start.on_relu.items():
             if wanted(key := f"{name} {s}"):
-                relu = relu or learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))
-                keep(name, s, relu[0], solved(relu[0], method, {"sparsity": s} | given), key)
-    if wanted("relu alone"):
-        relu = relu or learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))
-        keep("relu, what closes by itself", 0.0, *relu, "relu alone")
+                keep(name, s, relu()[0], solved(relu()[0], method, {"sparsity": s} | given), key)
+    if not start.relu and wanted("relu alone"):
+        keep("relu, what closes by itself", 0.0, *relu(), "relu alone")
 
 
 if __name__ == "__main__":

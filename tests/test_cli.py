@@ -235,7 +235,7 @@ def test_the_demo_on_a_tiny_model(model, place, monkeypatch):
     monkeypatch.setattr("pumice.cli.demo.WINDOW", 64)
     result = pumice("demo", "--sparsity", "0.5,0.25", "--out", place / "demo")
     assert result.code == 0, result.err
-    for name in ("griffin", "static_topk", "wanda", "magnitude"):
+    for name in ("griffin", "lowbit", "wanda", "magnitude"):
         assert f"{name} 0.25" in result.out and f"{name} 0.5" in result.out
     assert "dense, 2nd half" in result.out and "wanda 0.25, magnitude 0.25" in result.out
     assert sorted(path.name for path in (place / "demo").iterdir()) == ["griffin-0.25", "wanda-0.25"]

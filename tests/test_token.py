@@ -522,6 +522,20 @@ def test_many_rows_gradients_and_changed_weights_run_dense():
     assert not selection.skipped
 
 
+def test_low_bit_copies_follow_weights_that_change():
+    model = tiny("llama")
+    plan = pumice.sparsify(model, LowBit(sparsity=0.5), CALIBRATION, resume=False, check=False)
+    twin = pumice.attach(model, plan, exec="reference", check=False)
+    before = logits(twin)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # which the twin shares
+            if "gate_proj" in name:
+                parameter.copy_(parameter.flip(0))
+    after = logits(twin)
+    assert not torch.equal(after, before)
+    assert torch.equal(after, logits(pumice.attach(model, plan, exec="reference", check=False)))
+
+
 def test_what_was_applied_is_taken_off_again_bit_for_bit():
     model = tiny("llama")
     before = dict(model.named_parameters())

@@ -161,7 +161,7 @@ def _taken(held: int, order: Order, seed: int, skip: int, windows: int | None, w
         after = f" after skipping {skip}" if skip else ""
         raise PumiceError(
             f"{what} fill {held} windows of {window}; {max(want, 1)} asked for{after}. "
-            f"Ask for fewer windows, shorter windows, or give more text."
+            f"Ask for fewer windows (--windows), shorter windows (--window), or give more text."
         )
     numbers = list(range(held)) if order == "sequential" else random.Random(seed + 1).sample(range(held), held)
     return numbers[skip : skip + want]

@@ -14,7 +14,7 @@ from pumice.cli.given import open_model
 from pumice.cli.say import emit, note, page, print_rows
 from pumice.errors import PumiceError
 
-METHODS = ("griffin", "static_topk", "wanda", "magnitude")
+METHODS = ("griffin", "lowbit", "wanda", "magnitude")
 PROMPT = "The history of the steam engine begins"
 WINDOW, SCORED, CALIBRATION, NEW = 512, 4, 4, 24
 
@@ -144,7 +144,7 @@ def _print(rows, peer, windows, folders, rungs, seconds: float) -> None:
         "± is the standard error over windows. A prompt-level method is scored on the second half of each window,"
     )
     page.print(f"its first {WINDOW // 2} tokens being the prompt: compare it with the `dense ppl` of its own row.")
-    page.print("Sparsity is over FFN neurons (griffin, static_topk) or over the weights of the pruned matrices (wanda,")
+    page.print("Sparsity is over FFN neurons (griffin, lowbit) or over the weights of the pruned matrices (wanda,")
     page.print("magnitude): not the same thing, which is why bytes stand beside it.")
     page.print(f"\n{PROMPT} …", style="bold")
     for row in rows:
@@ -155,7 +155,7 @@ def _print(rows, peer, windows, folders, rungs, seconds: float) -> None:
     page.print("Next:")
     page.print(f"  {typed} generate {folders['griffin']} --prompt 'Once upon a time'")
     page.print(f"  {typed} inspect {folders['wanda']}")
-    page.print(f"  {typed} bench smollm2 --method griffin --sparsity 0.5")
+    page.print(f"  {typed} bench smollm2 --method lowbit --sparsity 0.5")
     page.print(f"  {typed} sparsify YOUR_MODEL --method wanda --sparsity 0.5 --out DIR")
     page.print(f"\n{seconds:.0f} s in all.")
 

@@ -13,6 +13,7 @@ def train(model: str, methods: list[Any], data: str, out: str, *, window: int, s
           resume: bool, as_json: bool) -> None:  # fmt: skip
     from pumice.calib import parallel
     from pumice.calib.sources import check
+    from pumice.eval.generation import examples
     from pumice.hub.folder import check_target, occupied
     from pumice.train.run import Settings, train
 
@@ -21,7 +22,9 @@ def train(model: str, methods: list[Any], data: str, out: str, *, window: int, s
     settings = Settings(**settings)
     check_target(out)
     replaced = occupied(out)
-    if "," not in data.partition("#")[2]:
+    if "," in data.partition("#")[2]:
+        examples(data.removeprefix("file:"))  # what is wrong with the file is said before the model is loaded
+    else:
         check(data)
     quiet_libraries()
     parallel.place()
@@ -65,4 +68,6 @@ def show(found, model: str, out: str, saved: str, as_json: bool) -> None:
     elif found.plan is not None:
         page.print(f"Achieved sparsity {found.plan.sparsity():.4f}: every zero has stayed zero.")
     page.print(f"{found.tokens:,} tokens were learnt. {saved}.")
+    if rows[list(rows)[-1]].perplexity > found.before.perplexity:
+        page.print("It is worse than before it was trained: train it longer (--steps), or ask for a lower sparsity.")
     page.print(f"Next: pumice bench {out}    pumice eval {out}    pumice generate {out}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,13 +18,12 @@ from pumice.sites import Site
 
 @dataclass(eq=False)
 class Seen:
-    """Of one site: what entered it, what its modules gave, and the low-bit copies of its matrices, made once."""
+    """Of one site: what entered it, what its modules gave, and what is made of its matrices as they are now."""
 
     site: Site
     entry: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)  # by module
-    copies: dict[str, Near] = field(default_factory=dict)  # by role
-    _planes: tuple[Tensor, int, BitPlanes] | None = None  # of a parameter at one of its versions
+    _made: dict[str, tuple[Tensor, int, Near | BitPlanes]] = field(default_factory=dict)  # by role, of a version
 
     @property
     def first(self) -> str:
@@ -40,18 +40,28 @@ class Seen:
             near=lambda role: self.copy(role).reference(self.entry.reshape(*shape, -1)),
         )
 
+    @torch.no_grad()
+    def made(self, role: str, make: Callable[[], Near | BitPlanes]) -> Near | BitPlanes:
+        """`make()` once for each version of a matrix: training changes it in place."""
+        parameter = self.site.root.get_parameter(self.site.parts[role].view.parameter)
+        version = 0 if parameter.is_inference() else parameter._version
+        if role not in self._made or self._made[role][0] is not parameter or self._made[role][1] != version:
+            self._made[role] = parameter, version, make()
+        return self._made[role][2]
+
     def copy(self, role: str) -> Near:
-        if role not in self.copies:
-            self.copies[role] = Near.of(self.site, role)
-        return self.copies[role]
+        """A matrix in 4 bits."""
+        return self.made(role, lambda: Near.of(self.site, role))
+
+    def copied(self, role: str) -> int:
+        """Bytes of the copy of a matrix; 0 without one."""
+        found = self._made.get(role, (None, 0, None))[2]
+        return found.store.bytes if isinstance(found, Near) else 0
 
     def planes(self, form: Select) -> BitPlanes:
-        """Of the matrix that reads the units, as its weights are now."""
-        parameter = self.site.root.get_parameter(self.site.parts[self.site.out_role].view.parameter)
-        version = 0 if parameter.is_inference() else parameter._version
-        if self._planes is None or self._planes[0] is not parameter or self._planes[1] != version:
-            self._planes = parameter, version, BitPlanes(Grid.of(self.site.matrix(self.site.out_role)))
-        found = self._planes[2]
+        """Of the matrix that reads the units."""
+        role = self.site.out_role
+        found = self.made(role, lambda: BitPlanes(Grid.of(self.site.matrix(role))))
         if found.bits != form.cut.bits:
             raise PumiceError(
                 f"{self.site.name} is stored in planes of {found.bits} bits, and its levels are for {form.cut.bits}: "

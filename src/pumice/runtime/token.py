@@ -93,8 +93,7 @@ class TokenSelection:
             axis = 1 if role == self.site.out_role else 0
             whole = found.get(part.view.parameter, Store(matrix).bytes)
             mine = Store(matrix).bytes * self.form.units * part.width / matrix.shape[axis]
-            copied = self.seen.copies[role].store.bytes if role in self.seen.copies else 0
-            found[part.view.parameter] = whole - mine * (1 - density) + copied
+            found[part.view.parameter] = whole - mine * (1 - density) + self.seen.copied(role)
         return {name: round(size) for name, size in found.items()}
 
     def edit(self, a: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from pumice.errors import PumiceError
 from pumice.forms import Mask
 from pumice.plan import Plan, fingerprint_model
 from pumice.runtime.attach import write_masks
+from pumice.runtime.counters import Counter
 from pumice.train.keep import KeepMask
 from pumice.train.stage import Stage
 from pumice.train.text import borders
@@ -64,8 +65,15 @@ class Selecting(Stage):
     @contextmanager
     def on(self, model: nn.Module, arch: Arch) -> Iterator[None]:
         with applied(model, self.plan, exec="reference", check=False) as runtime:
-            self.runtime = runtime
+            self.runtime, runtime.counting = runtime, True
             yield
+
+    def measured(self) -> dict[str, float]:
+        """The share of units that ran in the last forward."""
+        active = self.runtime.density
+        for selection in self.runtime.selections.values():
+            selection.counter = Counter()
+        return {"active": active}
 
     def before(self, inputs: dict[str, Tensor]) -> None:
         if self.plan.per_prompt:

@@ -118,7 +118,9 @@ class Steering(TrainerCallback, ExportableState):
         self.last = self.trainer.means()
         if self.last:
             self.trainer.stage.stepped(self.last)
-        if state.global_step % max(args.save_steps, 1) == 0 or state.global_step == state.max_steps:
+        last = state.global_step == state.max_steps
+        control.should_log |= last
+        if state.global_step % max(args.save_steps, 1) == 0 or last:
             bad = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
             if bad is not None:  # before a checkpoint of it takes the place of a sound one
                 raise PumiceError(f"{bad} holds NaN or infinity after step {state.global_step}. Lower --lr.")
