@@ -18,10 +18,12 @@ from pumice.arch.order import reorder
 from pumice.calib.data import Windows
 from pumice.errors import PumiceError
 from pumice.forms import TopK
+from pumice.kernels.near import Near
 from pumice.methods.prompt.griffin import Griffin
 from pumice.methods.static.sparsegpt import SparseGPT
 from pumice.methods.static.wanda import Wanda
 from pumice.methods.token.cats import Cats
+from pumice.methods.token.lowbit import LowBit
 from pumice.plan import Plan
 from pumice.train import trainer as training
 from pumice.train.methods.lte import LTE, ROUTERS, Routed, key
@@ -313,6 +315,17 @@ def test_a_method_that_selects_runs_in_training(method, tmp_path):
     assert not all(same)  # another gradient: what was not selected gave none
     assert plan.select.keys() == found.plan.select.keys()
     assert any(not torch.equal(p, start[name]) for name, p in model.named_parameters())
+
+
+def test_low_bit_copies_are_made_anew_after_every_step(tmp_path, monkeypatch):
+    made = []
+    of = Near.of
+    monkeypatch.setattr(Near, "of", lambda site, role: made.append((site.name, role)) or of(site, role))
+    learnt(tiny("llama"), LowBit(sparsity=0.5), tmp_path / "one", steps=1)
+    once = len(made)
+    learnt(tiny("llama"), LowBit(sparsity=0.5), tmp_path / "three", steps=3)
+    copies = len(set(made))
+    assert len(made) - 2 * once == 2 * copies  # the fused optimiser says of no parameter that it changed
 
 
 @pytest.mark.parametrize("method", [Wanda(sparsity=0.5), SparseGPT(sparsity=0.5)], ids=lambda m: m.name)

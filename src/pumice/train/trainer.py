@@ -115,6 +115,8 @@ class Steering(TrainerCallback, ExportableState):
             self.trainer.stage.restore(kept["attributes"])
 
     def on_step_end(self, args, state, control, model=None, **_) -> None:
+        # the fused optimiser changes parameters without it, and what is made of them would stay as it was
+        torch.autograd.graph.increment_version([p for p in model.parameters() if p.requires_grad])
         self.last = self.trainer.means()
         if self.last:
             self.trainer.stage.stepped(self.last)
