@@ -547,6 +547,13 @@ def test_the_command_trains_prints_and_saves(folder):
     assert found.code == 0, found.err
     assert "trained, sparse" in found.out and "Achieved sparsity" in found.out and "step 2 of 2" in found.err
     assert command("eval", folder / "out", "--windows", "2", "--window", "32", "--json").json["sparsity"] > 0.5
+    (folder / "text.txt").write_text("A text of its own, told twice. " * 40)
+    given = ["--window", "32", "--windows", "2"]
+    assert "made on this very text" not in command("eval", folder / "out", *given).out
+    own = ["--data", f"file:{folder}/text.txt"]
+    command("train", folder / "model", *own, "--window", "32", "--steps", "1", "--method", "prosparse", "--out",
+            folder / "own")  # fmt: skip
+    assert "made on this very text" in command("eval", folder / "own", *own, *given).out
     given = ["--method", "cats", "--window", "32", "--windows", "4", "--no-measure", "--out", folder / "again"]
     again = command("sparsify", folder / "out", *given)  # other methods start from what was trained
     assert again.code == 0 and "its weights are taken, without its plan" in again.err
@@ -560,6 +567,7 @@ def test_the_command_trains_prints_and_saves(folder):
         (["--method", "cats+teal"], "one method at a time"),
         (["--method", "lte", "--sparsty", "0.5"], "Did you mean '--sparsity'"),
         (["--data", "file:/no/such"], "cannot read /no/such"),
+        (["--data", "file:/no/such.csv#a,b"], "cannot read examples from /no/such.csv"),
         (["--sparsity", "0.5"], "belongs to a --method"),
     ],
 )

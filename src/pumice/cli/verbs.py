@@ -157,6 +157,9 @@ def evaluate(
     )
     what = f"{ran}, exec={execution}; {recipe_name(plan)}, sparsity {plan.sparsity():.4f}" if plan is not None else ran
     page.print(f"{scored}; {what}")
+    made_on = {} if plan is None else plan.calibration
+    if all(made_on.get(key) == windows.protocol.get(key) for key in ("source", "split")):
+        page.print("The plan was made on this very text, where it looks better than elsewhere: score it on other text.")
 
 
 def _agreement(loaded, plan, runner, against: str | None, windows, prompt, dtype, device):
