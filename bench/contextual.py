@@ -44,12 +44,11 @@ select only DejaVu's neurons lose less than the same neurons for every token, an
 budget in each layer: 4.4 times dense with plainact, 4.3 with fisher). lowbit loses 0.10 of what CATS loses; planes, in
 the codes that the model is stored in, 0.15 of it, and on Gemma-3-270m 0.08, in bytes that are asked for (their kernel
 reads more: `bench/planes.py`). Dense formats in those codes: Q5_0 loses less than planes at 1.5 times their bytes, Q4_0
-more than planes at 1.3 times, Q3_K more than twice as much at 1.2 times. Every row that was timed decodes faster than
-dense (1.03 times for contribution, 1.06 moefication, 1.13 to 1.30 the others; lowbit 1.21 where its bytes allow 1.30).
-On the ReLU model of `relu_model.py` (--width 256 --layers 6 --epochs 6) at three tenths of the bytes: lowbit < teal,
-greedy < dejavu < wina < teal < moefication < shadowllm < static; ShadowLLM's criteria of gradients are ahead of the
-norm of what neurons give, and its one net behind DejaVu's nets. Rows that are not here are to be measured, or ask for
-bytes that a method cannot go down to.
+more than planes at 1.3 times, and Q3_K five times as much at 1.2 times. DECODED On the ReLU model of `relu_model.py`
+(--width 256 --layers 6 --epochs 6) at three tenths of the bytes: lowbit < teal, greedy < dejavu < wina < teal <
+moefication < shadowllm < static; ShadowLLM's criteria of gradients are ahead of the norm of what neurons give, and its
+one net behind DejaVu's nets. Rows that are not here are to be measured, or ask for bytes that a method cannot go down
+to.
 
 The weights of SmolLM2 were once rounded to about 4 bits, in which a 4-bit copy would save nothing: its 16-bit bytes are
 a convention. Gemma-3-270m keeps 5 to 8 bits in its FFN.
@@ -257,16 +256,17 @@ def rounded(model, form: str, name: str, test) -> dict:
     """Dense, with the FFN's matrices rounded to one of GGUF's formats, or what llama.cpp takes where a row has no
     whole blocks of it."""
     (code, scale), (down, shared) = NATIVE[name]
-    block, total, weights = GGML_QUANT_SIZES[GGMLQuantizationType[form]][0], 0, 0
+    block, total, weights, other = GGML_QUANT_SIZES[GGMLQuantizationType[form]][0], 0, 0, ""
     with torch.no_grad():
         for site in detect(model := copy.deepcopy(model)).of_kind("ffn"):
             for role in site.parts:
                 values = site.weight_of(role).cpu().numpy()
+                other = "IQ4_NL" if values.shape[1] % block else other
                 values, size = ggml(values, "IQ4_NL" if values.shape[1] % block else form)
                 site.matrix(role).copy_(torch.from_numpy(values))
                 total, weights = total + size, weights + values.size
     return {
-        "method": f"dense {form}",
+        "method": f"dense {form}" if not other else f"dense {form}, {other} for gate and up",
         "share": 1.0,
         "bytes": round(3 * 8 * total / weights / (2 * (code + scale) + down + shared), 4),
         "losses": [round(loss, 6) for loss in perplexity(model, test).losses],

@@ -108,6 +108,8 @@ def main() -> None:
     options = parser.parse_args()
     data = json.loads(PATH.read_text()) if PATH.exists() else {"models": {}}
     if not options.table:
+        if not (options.test and options.c4):
+            parser.error("--test and --c4 name text files")
         model, tokenizer = pumice.load(options.model)
         shape = {"window": 512, "windows": options.windows, "order": "sequential", "split": "test"}
         windows = tokens(f"file:{options.test}", tokenizer, **shape)

@@ -152,7 +152,8 @@ def _contextual(name: str) -> list[str]:
                 "codes that it was stored in. KL to dense and same token on 16 of the windows."
             )
             if gpus := {row["gpu"] for row in rows.values() if "gpu" in row}:
-                title += f" Scored on {', '.join(sorted(gpus))}; decoding is timed on a CPU."
+                some = "" if all("gpu" in row for row in rows.values()) else ", some rows on a CPU"
+                title += f" Scored on {', '.join(sorted(gpus))}{some}; decoding is timed on a CPU."
             cells, timed = [], any("faster" in row for row in rows.values())
             for key, row in rows.items():
                 ratio, low, high = row["ratio_to_dense"]

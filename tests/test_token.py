@@ -21,7 +21,8 @@ from pumice.errors import PumiceError
 from pumice.eval.perplexity import perplexity
 from pumice.eval.speed import decode_bytes
 from pumice.forms import Magnitude, Projected, PromptNorm, Select, Threshold, Tokens, TopK
-from pumice.kernels.skip import SkipColumns
+from pumice.kernels.cpu.library import library
+from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
 from pumice.methods.prompt.griffin import Griffin
 from pumice.methods.static.magnitude import Magnitude as Magnitude_
 from pumice.methods.token.cats import Cats
@@ -31,6 +32,7 @@ from pumice.methods.token.lowbit import LowBit
 from pumice.methods.token.teal import Teal
 from pumice.methods.token.wina import Wina
 from pumice.plan import Plan
+from pumice.store import Store
 from tiny import FAMILIES, tiny
 
 CALIBRATION = torch.randint(3, 96, (4, 20), generator=torch.Generator().manual_seed(3))
@@ -457,6 +459,43 @@ def test_the_largest_inputs_are_read_alone(family, block):
     torch.testing.assert_close(steps(twin), steps(pumice.attach(model, plan, exec="reference")), rtol=2e-4, atol=2e-4)
     assert all(selection.skipped for selection in twin.pumice.selections.values())
     assert {s.units_read / (s.calls * s.form.units) for s in twin.pumice.selections.values() if s.calls} != {1.0}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("d", "units", "out", "groups"), [(33, 1043, 48, 149), (130, 517, 77, 47), (64, 777, 40, 7)])
+def test_both_kernels_skip_alike(d, units, out, groups, dtype, rows, threads):
+    if not library().pumice_has_avx2():
+        pytest.skip("one kernel alone")
+    draw = torch.Generator().manual_seed(rows)
+    gate, up, down = (torch.randn(units, n, generator=draw).mul(n**-0.5).to(dtype) for n in (d, d, out))
+    router, biases = torch.randn(groups, d, generator=draw), torch.randn(2, units, generator=draw)
+    x, live = torch.randn(rows, d, generator=draw).to(dtype), torch.rand(rows, units, generator=draw) > 0.6
+    if rows > 2:
+        x[1, d // 2] = float("nan")
+    if rows > 4:
+        x[3, 0] = float("inf")
+    near = [Store.rounded(matrix.float(), "int4") for matrix in (gate, up)]
+    ways = [{"tau": 0.5}, {"tau": 0.3, "near": near}, {"tau": 0.2, "router": Rows(weight=router)}]
+    ways += [{"tau": 0.4, "first_is_gate": False}, {"tau": 0.0, "given": live}]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for way in ways:
+            given, found = way.pop("given", None), []
+            for isa in ("avx2", "portable"):
+                matrices = (Rows(weight=m, bias=b) for m, b in zip((gate, up), biases, strict=True))
+                product = SkipNeurons(*matrices, down, None, activation="silu", isa=isa, **way)
+                found.append((product(x, given).float(), product.union, product.live))
+            (one, *counts), (other, *others) = found
+            assert counts == others and 0 < counts[0] <= units
+            close = 1e-4 if dtype is torch.float32 else 0.05
+            torch.testing.assert_close(one, other, rtol=close, atol=close, equal_nan=True)
+            clean = x.isfinite().all(-1)
+            assert one[clean].isfinite().all() and one[x.isnan().any(-1)].isnan().all()
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("method", EVERY)

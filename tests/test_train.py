@@ -549,11 +549,11 @@ def test_the_command_trains_prints_and_saves(folder):
     assert command("eval", folder / "out", "--windows", "2", "--window", "32", "--json").json["sparsity"] > 0.5
     (folder / "text.txt").write_text("A text of its own, told twice. " * 40)
     given = ["--window", "32", "--windows", "2"]
-    assert "made on this very text" not in command("eval", folder / "out", *given).out
+    assert "made on text of this source" not in command("eval", folder / "out", *given).out
     own = ["--data", f"file:{folder}/text.txt"]
     command("train", folder / "model", *own, "--window", "32", "--steps", "1", "--method", "prosparse", "--out",
             folder / "own")  # fmt: skip
-    assert "made on this very text" in command("eval", folder / "own", *own, *given).out
+    assert "made on text of this source" in command("eval", folder / "own", *own, *given).out
     given = ["--method", "cats", "--window", "32", "--windows", "4", "--no-measure", "--out", folder / "again"]
     again = command("sparsify", folder / "out", *given)  # other methods start from what was trained
     assert again.code == 0 and "its weights are taken, without its plan" in again.err

@@ -46,7 +46,7 @@ def check(source: str) -> None:
 
 
 def _no_source(said: str) -> PumiceError:
-    if Path(said[:255]).is_file():
+    if _place(said[:255])[0].is_file():
         return PumiceError(f"{said!r} is a file: name it as file:{said}.")
     if len(said) > 60:
         return PumiceError(f"{said[:60]!r}… is no data source. Texts themselves go in a list; a file is file:PATH.")

@@ -22,7 +22,7 @@ def train(model: str, methods: list[Any], data: str, out: str, *, window: int, s
     settings = Settings(**settings)
     check_target(out)
     replaced = occupied(out)
-    if "," in data.partition("#")[2]:
+    if data.startswith("file:") and "," in data.partition("#")[2]:
         examples(data.removeprefix("file:"))  # what is wrong with the file is said before the model is loaded
     else:
         check(data)
@@ -68,6 +68,8 @@ def show(found, model: str, out: str, saved: str, as_json: bool) -> None:
     elif found.plan is not None:
         page.print(f"Achieved sparsity {found.plan.sparsity():.4f}: every zero has stayed zero.")
     page.print(f"{found.tokens:,} tokens were learnt. {saved}.")
-    if rows[list(rows)[-1]].perplexity > found.before.perplexity:
-        page.print("It is worse than before it was trained: train it longer (--steps), or ask for a lower sparsity.")
+    low = ratios[list(rows)[-1]][1]
+    if not low <= 1.0:
+        what = "" if found.plan is None else ", or ask for a lower sparsity"
+        page.print(f"It is worse than the dense model before training: train it longer (--steps){what}.")
     page.print(f"Next: pumice bench {out}    pumice eval {out}    pumice generate {out}")

@@ -159,7 +159,9 @@ def evaluate(
     page.print(f"{scored}; {what}")
     made_on = {} if plan is None else plan.calibration
     if all(made_on.get(key) == windows.protocol.get(key) for key in ("source", "split")):
-        page.print("The plan was made on this very text, where it looks better than elsewhere: score it on other text.")
+        page.print(
+            "The plan was made on text of this source, where it may look better than elsewhere: score it on other text."
+        )
 
 
 def _agreement(loaded, plan, runner, against: str | None, windows, prompt, dtype, device):

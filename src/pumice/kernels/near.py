@@ -24,10 +24,8 @@ class Near:
 
     @classmethod
     def of(cls, site: Site, role: str) -> Near:
-        bias = site.bias(role)
-        units = torch.arange(site.units, device=site.matrix(role).device)
-        rows = site.parts[role].index(units)
-        return cls(Store.rounded(site.weight_of(role)[rows], "int4"), None if bias is None else bias[rows])
+        rows = _rows(site, role)
+        return cls(Store.rounded(site.weight_of(role)[rows], "int4"), bias_of(site, role))
 
     @property
     def dense(self) -> Tensor:
@@ -36,6 +34,16 @@ class Near:
     def reference(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., units], fp32."""
         return F.linear(rounded_rows(x), self.dense.to(x.device), self.bias)
+
+
+def bias_of(site: Site, role: str) -> Tensor | None:
+    """Of the units, [units]."""
+    bias = site.bias(role)
+    return None if bias is None else bias[_rows(site, role)]
+
+
+def _rows(site: Site, role: str) -> Tensor:
+    return site.parts[role].index(torch.arange(site.units, device=site.matrix(role).device))
 
 
 def rounded_rows(x: Tensor, coarsest: Tensor | float = 0.0) -> Tensor:

@@ -187,9 +187,9 @@ inline const char* at(const Matrix& m, int64_t row) {
     return static_cast<const char*>(m.values) + row * m.in * (K == F32 ? 4 : 2);
 }
 
-// Rows of a list, of which each is too short for the processor to see it coming and to forget it in time: a product of
-// one row after the other reads at 9 of 22 GB/s (rows of 576 fp32, half of them listed), of eight at a time at 14, and
-// rows of 4096 at 20 of 21. So several run together, and meanwhile the same place of each row after them is fetched.
+// Rows of a list, of which each is too short for the processor to see it coming and to forget it in time. One row after
+// the other is read at 9 of 22 GB/s (one core of an EPYC, rows of 576 fp32, half of them listed), eight at a time at 14;
+// rows of 4096 at 12, and at 20. So several run together, and meanwhile the same place of each row after them is fetched.
 template <int K, int N>
 struct Together {
     const char *from[N], *next[N];
@@ -242,46 +242,45 @@ void gather(const Matrix& m, const float* x, int n, float* y, const int32_t* lis
     }
 }
 
+// N rows of the list from number i on; what follows them is fetched meanwhile.
+template <int K, int N>
+void add_rows(const Matrix& m, const int32_t* live, int64_t i, int64_t count, const float* a, int n, float* y,
+              int64_t first, int64_t last) {
+    constexpr int64_t size = K == F32 ? 4 : 2, line = 64 / size;
+    const Together<K, N> rows(m, live, i, count);
+    for (int r = 0; r < n; ++r) {
+        __m256 factor[N];
+        for (int k = 0; k < N; ++k) factor[k] = _mm256_set1_ps(a[r * m.out + live[i + k]]);
+        float* out = y + r * m.in;
+        int64_t j = first;
+        for (; j + 8 <= last; j += 8) {
+            if (r == 0 && (j - first) % line == 0) rows.fetch(j * size);
+            __m256 sum = _mm256_loadu_ps(out + j);
+            for (int k = 0; k < N; ++k) sum = _mm256_fmadd_ps(factor[k], plain<K>(rows.from[k], j), sum);
+            _mm256_storeu_ps(out + j, sum);
+        }
+        for (; j < last; ++j)
+            for (int k = 0; k < N; ++k) {
+                float w;
+                if constexpr (K == F32) {
+                    w = reinterpret_cast<const float*>(rows.from[k])[j];
+                } else {
+                    const uint32_t word = uint32_t(reinterpret_cast<const uint16_t*>(rows.from[k])[j]) << 16;
+                    __builtin_memcpy(&w, &word, sizeof w);
+                }
+                out[j] += a[r * m.out + live[i + k]] * w;
+            }
+    }
+}
+
 template <int K>
 void accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y, int64_t first,
                 int64_t last) {
-    constexpr int64_t size = K == F32 ? 4 : 2, step = 64 / size;
-    constexpr int N = 8;
-    for (int64_t i = 0; i < count; i += N) {
-        const int now = count - i < N ? int(count - i) : N;
-        const Together<K, N> rows(m, live, i, count);
-        for (int r = 0; r < n; ++r) {
-            __m256 factor[N];
-            for (int k = 0; k < N; ++k)
-                factor[k] = _mm256_set1_ps(k < now ? a[r * m.out + live[i + k]] : 0.0f);
-            float* out = y + r * m.in;
-            int64_t j = first;
-            if (now == N) {
-                for (; j + step <= last; j += step) {
-                    if (r == 0) rows.fetch(j * size);
-                    for (int64_t e = j; e < j + step; e += 8) {
-                        __m256 sum = _mm256_loadu_ps(out + e);
-                        for (int k = 0; k < N; ++k) sum = _mm256_fmadd_ps(factor[k], plain<K>(rows.from[k], e), sum);
-                        _mm256_storeu_ps(out + e, sum);
-                    }
-                }
-            }
-            for (; j < last; ++j) {
-                float sum = out[j];
-                for (int k = 0; k < now; ++k) {
-                    float w;
-                    if constexpr (K == F32) {
-                        w = reinterpret_cast<const float*>(rows.from[k])[j];
-                    } else {
-                        const uint32_t word = uint32_t(reinterpret_cast<const uint16_t*>(rows.from[k])[j]) << 16;
-                        __builtin_memcpy(&w, &word, sizeof w);
-                    }
-                    sum += a[r * m.out + live[i + k]] * w;
-                }
-                out[j] = sum;
-            }
-        }
-    }
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) add_rows<K, 8>(m, live, i, count, a, n, y, first, last);
+    if (i + 4 <= count) add_rows<K, 4>(m, live, i, count, a, n, y, first, last), i += 4;
+    if (i + 2 <= count) add_rows<K, 2>(m, live, i, count, a, n, y, first, last), i += 2;
+    if (i < count) add_rows<K, 1>(m, live, i, count, a, n, y, first, last);
 }
 
 }  // namespace
@@ -352,7 +351,7 @@ void near_rows(const Matrix& m, const Rounded& x, float* y, int64_t first, int64
         for (int r = 0; r < R; ++r) {
             __m256 whole = sum[r][0];
             for (int c = 1; c < chains; ++c) whole = _mm256_add_ps(whole, sum[r][c]);
-            y[r * m.out + row] = total(_mm256_sub_ps(whole, _mm256_zextps128_ps256(raised[r])));
+            y[r * m.out + row] = total(_mm256_sub_ps(whole, _mm256_insertf128_ps(_mm256_setzero_ps(), raised[r], 0)));
         }
     }
 }

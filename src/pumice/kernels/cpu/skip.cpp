@@ -29,6 +29,7 @@ struct Units {
 
 namespace {
 
+static_assert(MAX_ROWS <= 8, "a row of x has a bit of a byte");
 constexpr int64_t THREADS = 256;  // that choose; with more the others wait
 
 float act(int32_t kind, float z) {
@@ -256,8 +257,8 @@ PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units,
     if (!live_units && u->near_first.values) {
         int8_t* codes = reinterpret_cast<int8_t*>(bytes.of(n * padded(u->first)));
         float* scales = steps.of(2 * n * groups(u->first));
-        float* eights = scales + n * groups(u->first);
         if (!codes || !scales) return 1;
+        float* eights = scales + n * groups(u->first);
         round(columns, n, padded(u->first), codes, scales, eights);
         rounded = {codes, scales, eights};
     }
@@ -268,7 +269,8 @@ PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units,
         largest(*u, columns, n, scratch, chosen);
         live_units = chosen;
     }
-    Work w{u, live_units, product, gather, accumulate, near, columns, rounded, a, other, routes, live, who, counts, total, int(n), 0, 0};
+    Work w{u, live_units, product, gather, accumulate, near, columns, rounded, a, other, routes, live, who, counts, total,
+           int(n), 0, 0};
     run(w);
     for (int64_t r = 0; r < n; ++r)
         for (int64_t j = 0; j < out; ++j) {
