@@ -15,6 +15,7 @@ import pytest
 
 from pumice import registry
 from pumice.calib import sources
+from pumice.cli import demo
 from pumice.report.methods import markdown
 from test_cli import STORIES, write_tokenizer
 from test_cli import pumice as command
@@ -232,3 +233,9 @@ def test_the_method_of_the_page_runs_as_a_file_in_pumice(work):
     listed = subprocess.run(command, env=environment, capture_output=True, text=True)
     cards = {card["name"]: card for card in json.loads(listed.stdout)["methods"]}
     assert cards["peak"]["decides"] == "static" and cards["peak"]["about"].startswith("in each output row drop")
+
+
+def test_the_readme_shows_the_rows_that_the_demo_has():
+    shown = (ROOT / "README.md").read_text().partition("<!-- demo -->")[2].partition("<!-- /demo -->")[0]
+    rows = re.findall(r"^(\w+) 0\.\d ", shown, re.MULTILINE)
+    assert tuple(dict.fromkeys(rows)) == demo.METHODS
