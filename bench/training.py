@@ -28,11 +28,11 @@ Expected: LTE best from 50 % up. Found on stories: low-bit copies, trained under
 sparsity (1.06 times dense at 50 %, 1.18 at 80 %, 1.35 at 90 %), and of the rows with as few bytes too: at 0.39 of the
 FFN's they are at 1.18, LTE at 1.39; at 0.29 at 1.35, LTE at 1.53. CATS trained under its plan is next from 70 % up;
 ReLU with ProSparse is beside it up to 70 % and breaks down at 90 % (3.7). LTE reads the fewest bytes of what holds: at
-0.19 of them it is at 1.85, where low-bit copies cannot go. What was not trained for its zeros is behind from 50 % up.
-On SmolLM2 at 50 %: CATS trained with its plan, then ProSparse, which leaves out two thirds. `lte before` there had
-experts of 32, its sparsity was steered by η, which ran away, and its routers' gradient had a part that all experts
-share: it is far behind (what experts of 32 cost this model: `groups.py`), and LTE as it is now is to be measured, as
-are the rows that are not here.
+0.19 of them it is at 1.85, where low-bit copies cannot go. From 50 % up what was not trained for its zeros is behind
+all of these; at 50 % CATS and DejaVu's nets are ahead of Q-Sparse and of GRIFFIN trained. On SmolLM2 at 50 %: CATS
+trained with its plan, then ProSparse, which leaves out two thirds. `lte before` there had experts of 32, its sparsity
+was steered by η, which ran away, and its routers' gradient had a part that all experts share: it is far behind (what
+experts of 32 cost this model: `groups.py`), and LTE as it is now is to be measured, as are the rows that are not here.
 """
 
 from __future__ import annotations

@@ -17,15 +17,15 @@ from pumice.store import GROUP, Store
 
 @dataclass(frozen=True, eq=False)
 class Near:
-    """The low-bit copy of one of an FFN's matrices, a row for each unit."""
+    """The low-bit copy of one of an FFN's matrices, a row for each unit. Its bias is the matrix's own."""
 
+    site: Site
+    role: str
     store: Store  # [units, d]
-    bias: Tensor | None  # [units]
 
     @classmethod
     def of(cls, site: Site, role: str) -> Near:
-        rows = _rows(site, role)
-        return cls(Store.rounded(site.weight_of(role)[rows], "int4"), bias_of(site, role))
+        return cls(site, role, Store.rounded(site.weight_of(role)[_rows(site, role)], "int4"))
 
     @property
     def dense(self) -> Tensor:
@@ -33,13 +33,9 @@ class Near:
 
     def reference(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., units], fp32."""
-        return F.linear(rounded_rows(x), self.dense.to(x.device), self.bias)
-
-
-def bias_of(site: Site, role: str) -> Tensor | None:
-    """Of the units, [units]."""
-    bias = site.bias(role)
-    return None if bias is None else bias[_rows(site, role)]
+        bias = self.site.bias(self.role)
+        bias = None if bias is None else bias[_rows(self.site, self.role)]
+        return F.linear(rounded_rows(x), self.dense.to(x.device), bias)
 
 
 def _rows(site: Site, role: str) -> Tensor:

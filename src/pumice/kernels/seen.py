@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pumice.errors import PumiceError
 from pumice.forms import Levels, Select, Tokens
-from pumice.kernels.near import Near, bias_of
+from pumice.kernels.near import Near
 from pumice.kernels.planes import BitPlanes, Grid
 from pumice.sites import Site
 
@@ -50,8 +50,8 @@ class Seen:
         return self._made[role][2]
 
     def copy(self, role: str) -> Near:
-        """A matrix in 4 bits, and its bias as it is."""
-        return replace(self.made(role, lambda: Near.of(self.site, role)), bias=bias_of(self.site, role))
+        """A matrix in 4 bits."""
+        return self.made(role, lambda: Near.of(self.site, role))
 
     def copied(self, role: str) -> int:
         """Bytes of the copy of a matrix; 0 without one."""
