@@ -7,7 +7,9 @@ Thresholds calibrated on 8 × 512 tokens of C4, perplexity on 16 windows of 512 
 the first sparse. `cett` asks every FFN for the same error (arXiv:2411.02335), the others for the same sparsity; the
 largest level within the rise is looked for down to 0.01. What is dropped is counted on the test text.
 
-Expected: cett above contribution, since its layers may differ; both far above cats, whose gate tells less.
+Expected: cett above contribution, since its layers may differ; both far above cats, whose gate tells less. Found on the
+ReLU model of `relu_model.py` (--width 256 --layers 6 --epochs 6): cett drops 0.94 of the neurons, the others 0.91,
+since without a gate CATS goes by what a neuron gives. Models with a gate are to be measured.
 """
 
 from __future__ import annotations

@@ -48,6 +48,7 @@ def figures(name: str) -> str:
         *_pruning(name),
         *_contextual(name),
         *_trained(name),
+        *_activation(name),
         *_streamed(name),
     ]
     return "\n\n".join(tables) or f"None is committed yet. Measured by {SCRIPTS.get(name, '`bench/pruning.py`')}."
@@ -224,6 +225,21 @@ def _trained(name: str) -> list[str]:
             title = f"`python {script}`: {what.format(*known)}; {_on(data['machine'])}."
             tables.append(_table(title, header + more, lines))
     return tables
+
+
+def _activation(name: str) -> list[str]:
+    data = _read("activation.json")
+    lines = []
+    for model, found in data["models"].items() if data else ():
+        for row in found["rows"].values():
+            if row["method"] == name:
+                ratio, low, high = row["ratio_to_dense"]
+                spread = f"{min(row['layers']):.2f} … {max(row['layers']):.2f}"
+                cells = [model, f"{row['sparsity_on_test']:.3f}", spread]
+                lines.append([*cells, f"{ratio:.4f} [{low:.4f}, {high:.4f}]"])
+    header = ["model", "dropped at PPL-1 %", "least and most of a layer", "over dense, 95 %"]
+    title = "`python bench/activation.py`: the most neurons that a token drops for a perplexity 1 % above dense."
+    return [_table(title, header, lines)] if lines else []
 
 
 def _trained_by(row: dict) -> list[str]:
