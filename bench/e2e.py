@@ -1,15 +1,16 @@
 """Claim: a model that learns a task while it learns to leave neurons out answers as well as one that learns it dense.
 
     python bench/e2e.py --train devset.csv#mr,ref --test testset_w_refs.csv#mr,ref [--sparsity 0.5,0.7] [--only REGEX]
-    python bench/e2e.py … --device cuda                                                  as the results here were made
-    python bench/e2e.py --plot                                                       the table and the picture alone
+    python bench/e2e.py … --device cuda                                               as results/e2e.json was made
+    python bench/e2e.py … --name e2e_cpu --steps 100 --batch 8           a smoke test: 53 k tokens, two hours
+    python bench/e2e.py [--name e2e_cpu] --plot                                      the table and the picture alone
 
-SmolLM2-135M learns E2E (restaurants in words from their attributes), the answers alone, bf16 autocast, AdamW, 1e-4,
-cosine, the same steps for every row, the stages of LTE together. `cats` and `griffin` are what the densely trained
-model allows without training: their plans are made from its calibration part. Scored on the test file, every token
-sparse (GRIFFIN: what follows the prompt): perplexity of one answer for each of 256 pairs, and ROUGE-L of the greedy
-answers to the first 100 prompts against all of their references; both with a paired bootstrap against the dense row.
-`bytes`: of the FFN's, as in `training.py`.
+SmolLM2-135M learns E2E (restaurants in words from their attributes), the answers alone, bf16 autocast on a GPU, AdamW,
+1e-4, cosine, the same steps for every row, the stages of LTE together. `cats` and `griffin` are what the densely
+trained model allows without training: their plans are made from its calibration part. Scored on the test file, every
+token sparse (GRIFFIN: what follows the prompt): perplexity of one answer for each of 256 pairs, and ROUGE-L of the
+greedy answers to the first 100 prompts against all of their references; both with a paired bootstrap against the dense
+row. `bytes`: of the FFN's, as in `training.py`.
 
 Expected, as LTE's paper has it at 50 %: within 0.5 points of ROUGE-L and 0.5 of perplexity of dense training. Found:
 CATS trained with its plan is within 0.12 of perplexity and, as CATS without training, not surely behind in ROUGE-L;
@@ -40,7 +41,7 @@ from pumice.train.score import scored
 from pumice.train.text import lessons, windows_of
 from training import FREE, STARTS, share
 
-PATH = Path(__file__).parent / "results" / "e2e.json"
+RESULTS = Path(__file__).parent / "results"
 WINDOW, PAIRS, PROMPTS, NEW, ASKED = 192, 256, 100, 64, 50
 START = STARTS["smollm2"]
 
@@ -83,7 +84,7 @@ def table(data: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(data: dict) -> None:
+def plot(data: dict, path: Path) -> None:
     """What every row loses against dense training, over the neurons that ran and over bytes."""
     try:
         import matplotlib
@@ -109,7 +110,7 @@ def plot(data: dict) -> None:
     panels[0][1].legend(fontsize=8)
     figure.suptitle(f"SmolLM2-135M on E2E, {data['tokens']:,} tokens of training for every trained row")
     figure.tight_layout()
-    figure.savefig(PATH.with_suffix(".svg"))
+    figure.savefig(path.with_suffix(".svg"))
 
 
 def main() -> None:
@@ -122,24 +123,27 @@ def main() -> None:
     parser.add_argument("--sparsity", default="0.5", help="one or more, comma separated")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--only", default="", help="rows that this expression finds: `dense`, `lte 0.5`")
+    parser.add_argument("--name", default="e2e", help="of the results' files")
     parser.add_argument("--plot", action="store_true")
     options = parser.parse_args()
-    data = json.loads(PATH.read_text()) if PATH.exists() else {"rows": {}}
+    path = RESULTS / f"{options.name}.json"
+    data = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     if not options.plot:
-        fill(options, data)
+        fill(options, data, path)
     print(table(finished(data)))
     if "dense" in data["rows"]:
-        plot(data)
+        plot(data, path)
 
 
-def fill(options: argparse.Namespace, data: dict) -> None:
+def fill(options: argparse.Namespace, data: dict, path: Path) -> None:
     base, tokenizer = pumice.load(options.model, device=options.device)
     pairs = lessons(f"file:{options.test}", tokenizer, window=WINDOW).learn[:PAIRS]
     prompts, wanted = asked(examples(options.test), 0, PROMPTS)
     settings = replace(START.training, steps=options.steps, batch=options.batch, save_every=options.steps + 1)
+    settings = replace(settings, bf16=options.device != "cpu")
     protocol = {"steps": options.steps, "batch": options.batch, "pairs": len(pairs), "prompts": len(prompts)}
     if data.get("protocol", protocol) != protocol:
-        raise SystemExit(f"{PATH} holds rows of {data['protocol']}: remove it, or ask for the same.")
+        raise SystemExit(f"{path} holds rows of {data['protocol']}: remove it, or ask for the same.")
     data |= {"protocol": protocol, "machine": machine()}
 
     def keep(key: str, model, plan, more: dict) -> None:
@@ -147,7 +151,7 @@ def fill(options: argparse.Namespace, data: dict) -> None:
         row["device"] = options.device
         row["bytes"] = share(row.get("method", ""), row["active"], model, START)
         text = json.dumps(finished(data), indent=1, ensure_ascii=False) + "\n"
-        write(PATH, lambda part: part.write_text(text))
+        write(path, lambda part: part.write_text(text))
         print(key, row["perplexity"], row["rouge_l"], row["active"], flush=True)
 
     def ready(key: str) -> bool:

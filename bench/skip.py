@@ -32,7 +32,7 @@ import torch.nn.functional as F
 
 from pumice.budget import removed
 from pumice.kernels.cpu.library import describe
-from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
+from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons, side_by_side
 from pumice.report.rows import machine
 from pumice.store import Store
 
@@ -70,9 +70,13 @@ def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[st
         columns = down.T.contiguous()
         open_gate = F.silu(F.linear(x, gate).float())
         given, near = open_gate * F.linear(x, up).float(), [Store.rounded(m, "int4") for m in (gate, up)]
-        build = partial(SkipNeurons, Rows(weight=gate), Rows(weight=up), columns, None, activation="silu")
         found["dense"].append(partial(dense_ffn, x, gate, up, down))
-        found["neurons"].append(partial(build(tau=cut(open_gate, sparsity)), x))
+        late = side_by_side([up, columns])  # as attach lays them out
+        by_gate = SkipNeurons(Rows(weight=gate), Rows(weight=late[0]), late[1], None, activation="silu",
+                              tau=cut(open_gate, sparsity))  # fmt: skip
+        found["neurons"].append(partial(by_gate, x))
+        rows = side_by_side([gate, up, columns])
+        build = partial(SkipNeurons, Rows(weight=rows[0]), Rows(weight=rows[1]), rows[2], None, activation="silu")
         found["copies"].append(partial(build(tau=cut(given, sparsity), near=near), x))
         router = torch.randn(units // EXPERT, d)
         tau = F.linear(x.float(), router).kthvalue(round(units // EXPERT * sparsity)).values.item()
@@ -82,8 +86,9 @@ def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[st
         found["dense_block"].append(partial(projected, x, attention, whole))
         found["block"].append(partial(projected, x, attention, found["route"][-1].func))
         found["dense_down"].append(partial(F.linear, a, down))
-        found["columns"].append(partial(SkipColumns(columns, None, cut(a, sparsity)), a))
-        found["largest"].append(partial(SkipColumns(columns, None, 0.0, drop=removed(units, sparsity)), a))
+        alone = side_by_side([columns])[0]
+        found["columns"].append(partial(SkipColumns(alone, None, cut(a, sparsity)), a))
+        found["largest"].append(partial(SkipColumns(alone, None, 0.0, drop=removed(units, sparsity)), a))
     return found
 
 

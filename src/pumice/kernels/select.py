@@ -21,7 +21,7 @@ from pumice.kernels.cpu.library import VERSION
 from pumice.kernels.ops import Product
 from pumice.kernels.pack import pack
 from pumice.kernels.planes import BitPlanes, Grid, ReadPlanes
-from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
+from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons, side_by_side
 from pumice.store import GROUP, Store
 
 Net = tuple[tuple[int, int], ...]  # [out, in] of the matrices that one site pays for
@@ -187,13 +187,15 @@ def _time_neurons(d, units, out, matrices, told, percent, routed, rows, dtype) -
         if routed:
             score = F.linear(x.float(), router.weight).flatten()
         tau = score.kthvalue(max(1, round(score.numel() * (1 - percent / 100)))).values.item()
-        product = SkipNeurons(Rows(weight=first), Rows(weight=second) if matrices > 2 else None, columns, None,
-                              activation="", tau=tau, scored=False, near=near, router=router)  # fmt: skip
+        second = second if matrices > 2 else None
+        dense.append(partial(_plain_ffn, first=first, second=second, down=columns.T.contiguous()))
+        read_whole = told == "first"
+        late = side_by_side([m for m in (None if read_whole else first, second, columns) if m is not None])
+        product = SkipNeurons(Rows(weight=first if read_whole else late[0]),
+                              None if second is None else Rows(weight=late[-2]), late[-1], None, activation="", tau=tau,
+                              scored=False, near=near, router=router)  # fmt: skip
         told_later = isinstance(told, tuple) and not routed
         sparse.append(_after_net(product, told, units, percent, rows) if told_later else product)
-        dense.append(
-            partial(_plain_ffn, first=first, second=second if matrices > 2 else None, down=columns.T.contiguous())
-        )
     return _compared(dense, sparse, x, "skip_us")
 
 

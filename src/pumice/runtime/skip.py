@@ -1,7 +1,7 @@
 """The kernel of a Select of scope `token`: what a token does not need is not read, for few rows and where that pays.
 
-The transposes that the kernels read replace the parameters that they are made of, so that nothing is held twice: a
-matrix lies in memory as [in, out] then, and dense work reads it as it is.
+What the kernels read lies in memory as they want it, a row for each unit and the rows of a unit together, and replaces
+the parameters that it is made of: dense work reads it as it is. A twin holds it beside the dense model that it is of.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pumice.forms import Copied, Factored, Levels, Magnitude, Predicted, Project
 from pumice.kernels.cpu.library import library
 from pumice.kernels.planes import ReadPlanes
 from pumice.kernels.select import Net, bucket, columns_pay, neurons_pay, percent, planes_pay
-from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons
+from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons, side_by_side
 from pumice.runtime.guard import SMALLEST, Unchanged, plain
 from pumice.sites import Site, owner
 
@@ -98,7 +98,7 @@ def _columns(site: Site, form: Select, modules: dict[str, nn.Module], always: bo
     pays = _yes if always else cache(lambda rows: columns_pay(*known, bucket(rows), dtype, block))
     if not pays(1):
         return None
-    columns, scores = _laid_out(site, modules[part.module]), isinstance(form.score, Magnitude)
+    columns, scores = _laid_out(site, [site.out_role], modules)[site.out_role], isinstance(form.score, Magnitude)
     tau = form.cut.tau if scores and not block else 0.0
     drop = removed(block, form.cut.sparsity) if block else 0
     bias, weight = _bias(form, modules[part.module]), form.score.weight if scores else None
@@ -128,11 +128,12 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
     pays = _yes if always else cache(lambda n: neurons_pay(*shape, *known, bucket(n), dtype))
     if not pays(1):
         return None
-    columns = _laid_out(site, modules[site.parts["down"].module])
+    late = list(site.in_roles) if copied or told else [role for role in site.in_roles if role != tells]
+    laid_out = _laid_out(site, [*late, "down"], modules)
 
     def rows(role: str) -> Rows:
         part, bias = site.parts[role], site.bias(role)
-        matrix = site.matrix(role).detach()
+        matrix = laid_out[role] if role in laid_out else site.matrix(role).detach()
         in_a_row = part.stride == part.width  # then no copy is made
         picked = matrix[part.start : part.start + site.units] if in_a_row else matrix[part.index(units)]
         return Rows(weight=picked, bias=None if bias is None else bias[part.index(units)])
@@ -141,7 +142,7 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
     product = SkipNeurons(
         rows(tells),
         None if other is None else rows(other),
-        columns,
+        laid_out["down"],
         _bias(form, modules[site.parts["down"].module]),
         activation=site.activation,
         tau=0.0 if told and not routed else form.cut.tau,
@@ -173,16 +174,38 @@ def _net(score: Predicted | Factored) -> Net:
     return tuple(tuple(matrix.shape) for matrix in score.matrices)
 
 
-def _laid_out(site: Site, module: nn.Module) -> Tensor:
-    """The consuming matrix as [in, out], contiguous; the module's own parameter becomes a view of it."""
-    view = site.parts[site.out_role].view
-    leaf = owner(view.parameter)[1]
-    parameter = module._parameters[leaf]
-    columns = view.of(parameter.detach()).T
-    if not columns.is_contiguous():
-        columns = columns.contiguous()
-        module._parameters[leaf] = nn.Parameter(view.of(columns.T), requires_grad=parameter.requires_grad)
-    return columns
+def _laid_out(site: Site, roles: list[str], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The matrices of `roles` as [units, d], side by side; the modules' own parameters become views of them.
+
+    A matrix that shares its parameter with others, as halves of one, stays where it is, and the others with it: then it
+    is the consuming matrix alone that is laid out.
+    """
+    roles = roles if all(_alone(site, role) for role in roles) else [site.out_role]
+    views = {role: site.parts[role].view for role in roles}
+    slots = {
+        role: (modules[site.parts[role].module]._parameters, owner(view.parameter)[1]) for role, view in views.items()
+    }
+
+    def turned(role: str, matrix: Tensor) -> Tensor:
+        return matrix.T if role == site.out_role else matrix
+
+    matrices = {role: turned(role, views[role].of(table[leaf].detach())) for role, (table, leaf) in slots.items()}
+    if len(roles) == 1 and matrices[roles[0]].is_contiguous():
+        return matrices
+    laid_out = dict(zip(roles, side_by_side(list(matrices.values())), strict=True))
+    for role, (table, leaf) in slots.items():
+        stored = views[role].of(turned(role, laid_out[role]))
+        table[leaf] = nn.Parameter(stored, requires_grad=table[leaf].requires_grad)
+    return laid_out
+
+
+def _alone(site: Site, role: str) -> bool:
+    """Whether a matrix is a parameter of its own, with as many numbers for a unit as the one that reads the units."""
+    part, matrix = site.parts[role], site.matrix(role)
+    if role == site.out_role:
+        return True
+    shape = (site.units, site.matrix(site.out_role).shape[0])
+    return tuple(matrix.shape) == shape and (part.start, part.stride, part.width) == (0, 1, 1)
 
 
 def _yes(rows: int) -> bool:

@@ -5,6 +5,8 @@
 // follows, and the pointer moves on by the number of bits. That add is the only chain between two steps.
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "matrix.h"
 
 namespace pumice {
@@ -96,7 +98,7 @@ void rows(const Matrix& m, const float* x, float* y, int64_t first, int64_t last
     for (int64_t row = first; row < last; ++row) {
         const uint8_t* bits = Packed ? m.bits + row * stride : nullptr;
         const uint16_t* scales = scaled ? m.scales + row * groups(m) : nullptr;
-        int64_t at = Packed ? m.offsets[row] : row * (K == INT4 ? (m.in + 1) / 2 * 2 : m.in);
+        int64_t at = Packed ? m.offsets[row] : row * m.stride;
         __m256 sum[R][chains];
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < chains; ++c) sum[r][c] = _mm256_setzero_ps();
@@ -184,43 +186,34 @@ namespace {
 
 template <int K>
 inline const char* at(const Matrix& m, int64_t row) {
-    return static_cast<const char*>(m.values) + row * m.in * (K == F32 ? 4 : 2);
+    return static_cast<const char*>(m.values) + row * m.stride * (K == F32 ? 4 : 2);
 }
 
-// Rows of a list, of which each is too short for the processor to see it coming and to forget it in time. One row after
-// the other is read at 9 of 22 GB/s (one core of an EPYC, rows of 576 fp32, half of them listed), eight at a time at 14;
-// rows of 4096 at 12, and at 20. So several run together, and meanwhile the same place of each row after them is fetched.
-template <int K, int N>
-struct Together {
-    const char *from[N], *next[N];
-    Together(const Matrix& m, const int32_t* list, int64_t i, int64_t count) {
-        for (int k = 0; k < N; ++k) {
-            from[k] = at<K>(m, list[i + k < count ? i + k : count - 1]);
-            next[k] = at<K>(m, list[i + N + k < count ? i + N + k : count - 1]);
-        }
-    }
-    void fetch(int64_t byte) const {
-        for (int k = 0; k < N; ++k) _mm_prefetch(next[k] + byte, _MM_HINT_T0);
-    }
-};
+// Rows of a list, of which each is too short for the processor to see it coming and to forget it in time: several run
+// together. Half of the rows of 4096 fp32 are read at 15 of 27 GB/s one after the other, at 22 four at a time, at 24 eight
+// at a time and no faster then; rows of 576 bf16 at 10, 13 and, twelve at a time, at 15 (one core of an EPYC). Fetching
+// the next rows meanwhile cost a fifth of the first.
+template <int K, typename Run>
+void some(const Matrix& m, Run run) {  // with how many rows run together: of twelve accumulators none is spilled
+    constexpr int64_t LONG = 8192 / (K == F32 ? 4 : 2);
+    if (m.in >= LONG) run(std::integral_constant<int, 8>());
+    else run(std::integral_constant<int, 12>());
+}
 
-// N rows of the list from number i on, by R rows of x.
+// N rows of the list, of which `count` are wanted, by R rows of x.
 template <int K, int N, int R>
-void tile(const Matrix& m, const Together<K, N>& rows, const float* x, float* y, const int32_t* list, int count,
-          bool fetches) {
-    constexpr int64_t size = K == F32 ? 4 : 2, line = 64 / size;
+void tile(const Matrix& m, const float* x, float* y, const int32_t* list, int count) {
     const int64_t width = padded(m);
+    const char* rows[N];
+    for (int k = 0; k < N; ++k) rows[k] = at<K>(m, list[k < count ? k : count - 1]);
     __m256 sum[N][R];
     for (int k = 0; k < N; ++k)
         for (int r = 0; r < R; ++r) sum[k][r] = _mm256_setzero_ps();
-    for (int64_t j = 0; j < m.in; j += line) {
-        if (fetches) rows.fetch(j * size);
-        for (int64_t e = j; e < j + line && e < m.in; e += 8)
-            for (int r = 0; r < R; ++r) {
-                const __m256 column = _mm256_loadu_ps(x + r * width + e);
-                for (int k = 0; k < N; ++k) sum[k][r] = _mm256_fmadd_ps(plain<K>(rows.from[k], e), column, sum[k][r]);
-            }
-    }
+    for (int64_t j = 0; j < m.in; j += 8)
+        for (int r = 0; r < R; ++r) {
+            const __m256 column = _mm256_loadu_ps(x + r * width + j);
+            for (int k = 0; k < N; ++k) sum[k][r] = _mm256_fmadd_ps(plain<K>(rows[k], j), column, sum[k][r]);
+        }
     for (int k = 0; k < count; ++k)
         for (int r = 0; r < R; ++r) y[r * m.out + list[k]] = total(sum[k][r]);
 }
@@ -228,47 +221,47 @@ void tile(const Matrix& m, const Together<K, N>& rows, const float* x, float* y,
 template <int K>
 void gather(const Matrix& m, const float* x, int n, float* y, const int32_t* list, int64_t count) {
     const int64_t width = padded(m);
-    if (n == 1) {
-        for (int64_t i = 0; i < count; i += 8)
-            tile<K, 8, 1>(m, {m, list, i, count}, x, y, list + i, int(count - i < 8 ? count - i : 8), true);
-        return;
-    }
-    for (int64_t i = 0; i < count; i += 4) {
-        const Together<K, 4> rows(m, list, i, count);
-        const int now = int(count - i < 4 ? count - i : 4);
-        int r = 0;
-        for (; r + 2 <= n; r += 2) tile<K, 4, 2>(m, rows, x + r * width, y + r * m.out, list + i, now, r == 0);
-        if (r < n) tile<K, 4, 1>(m, rows, x + r * width, y + r * m.out, list + i, now, false);
-    }
+    some<K>(m, [&](auto together) {
+        constexpr int N = decltype(together)::value, HALF = N / 2;
+        const auto left = [&](int64_t i, int rows) { return int(count - i < rows ? count - i : rows); };
+        if (n == 1) {
+            for (int64_t i = 0; i < count; i += N) tile<K, N, 1>(m, x, y, list + i, left(i, N));
+            return;
+        }
+        for (int64_t i = 0; i < count; i += HALF)
+            for (int r = 0; r < n; r += 2) {
+                const float* row = x + r * width;
+                if (r + 1 < n) tile<K, HALF, 2>(m, row, y + r * m.out, list + i, left(i, HALF));
+                else tile<K, HALF, 1>(m, row, y + r * m.out, list + i, left(i, HALF));
+            }
+    });
 }
 
-// N rows of the list from number i on; what follows them is fetched meanwhile.
+// N rows of the list.
 template <int K, int N>
-void add_rows(const Matrix& m, const int32_t* live, int64_t i, int64_t count, const float* a, int n, float* y,
-              int64_t first, int64_t last) {
-    constexpr int64_t size = K == F32 ? 4 : 2, line = 64 / size;
-    const Together<K, N> rows(m, live, i, count);
+void add_rows(const Matrix& m, const int32_t* live, const float* a, int n, float* y, int64_t first, int64_t last) {
+    const char* rows[N];
+    for (int k = 0; k < N; ++k) rows[k] = at<K>(m, live[k]);
     for (int r = 0; r < n; ++r) {
         __m256 factor[N];
-        for (int k = 0; k < N; ++k) factor[k] = _mm256_set1_ps(a[r * m.out + live[i + k]]);
+        for (int k = 0; k < N; ++k) factor[k] = _mm256_set1_ps(a[r * m.out + live[k]]);
         float* out = y + r * m.in;
         int64_t j = first;
         for (; j + 8 <= last; j += 8) {
-            if (r == 0 && (j - first) % line == 0) rows.fetch(j * size);
             __m256 sum = _mm256_loadu_ps(out + j);
-            for (int k = 0; k < N; ++k) sum = _mm256_fmadd_ps(factor[k], plain<K>(rows.from[k], j), sum);
+            for (int k = 0; k < N; ++k) sum = _mm256_fmadd_ps(factor[k], plain<K>(rows[k], j), sum);
             _mm256_storeu_ps(out + j, sum);
         }
         for (; j < last; ++j)
             for (int k = 0; k < N; ++k) {
                 float w;
                 if constexpr (K == F32) {
-                    w = reinterpret_cast<const float*>(rows.from[k])[j];
+                    w = reinterpret_cast<const float*>(rows[k])[j];
                 } else {
-                    const uint32_t word = uint32_t(reinterpret_cast<const uint16_t*>(rows.from[k])[j]) << 16;
+                    const uint32_t word = uint32_t(reinterpret_cast<const uint16_t*>(rows[k])[j]) << 16;
                     __builtin_memcpy(&w, &word, sizeof w);
                 }
-                out[j] += a[r * m.out + live[i + k]] * w;
+                out[j] += a[r * m.out + live[k]] * w;
             }
     }
 }
@@ -277,10 +270,12 @@ template <int K>
 void accumulate(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y, int64_t first,
                 int64_t last) {
     int64_t i = 0;
-    for (; i + 8 <= count; i += 8) add_rows<K, 8>(m, live, i, count, a, n, y, first, last);
-    if (i + 4 <= count) add_rows<K, 4>(m, live, i, count, a, n, y, first, last), i += 4;
-    if (i + 2 <= count) add_rows<K, 2>(m, live, i, count, a, n, y, first, last), i += 2;
-    if (i < count) add_rows<K, 1>(m, live, i, count, a, n, y, first, last);
+    some<K>(m, [&](auto together) {
+        constexpr int N = decltype(together)::value;
+        for (; i + N <= count; i += N) add_rows<K, N>(m, live + i, a, n, y, first, last);
+    });
+    for (; i + 4 <= count; i += 4) add_rows<K, 4>(m, live + i, a, n, y, first, last);
+    for (; i < count; ++i) add_rows<K, 1>(m, live + i, a, n, y, first, last);
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ import torch
 
 from pumice.errors import PumiceError
 
-VERSION = 7  # of the interface in api.cpp, and of what was timed
+VERSION = 8  # of the interface in api.cpp, and of what was timed
 _NAMES = ("libpumice_cpu.so", "libpumice_cpu.dylib", "pumice_cpu.dll")
 
 
@@ -28,6 +28,7 @@ class Matrix(ctypes.Structure):
         ("scales", c_void_p),
         ("bias", c_void_p),
         ("kind", c_int32),
+        ("stride", c_int64),
     )
 
 

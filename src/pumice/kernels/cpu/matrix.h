@@ -19,6 +19,7 @@ struct Matrix {
     const uint16_t* scales;   // [out, ceil(in/32)] in fp16 (int8, int4)
     const float* bias;        // [out] or null
     int32_t kind;
+    int64_t stride;           // values from one row to the next, where every weight is stored
 };
 
 inline int64_t bit_stride(const Matrix& m) { return (m.in + 7) / 8; }

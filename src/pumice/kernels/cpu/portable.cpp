@@ -30,7 +30,7 @@ void portable(const Matrix& m, const float* x, int n, float* y, int64_t first, i
     const int64_t width = padded(m);
     for (int64_t row = first; row < last; ++row) {
         const uint8_t* bits = m.bits ? m.bits + row * bit_stride(m) : nullptr;
-        int64_t at = bits ? m.offsets[row] : row * (m.kind == INT4 ? (m.in + 1) / 2 * 2 : m.in);
+        int64_t at = bits ? m.offsets[row] : row * m.stride;
         float sum[MAX_ROWS] = {};
         for (int64_t g = 0; g < groups(m); ++g) {
             const float scale = m.scales ? half_to_float(m.scales[row * groups(m) + g]) : 1.0f;
@@ -56,7 +56,7 @@ void portable_accumulate(const Matrix& m, const int32_t* live, int64_t count, co
     for (int64_t i = 0; i < count; ++i)
         for (int r = 0; r < n; ++r) {
             const float factor = a[r * m.out + live[i]];
-            for (int64_t j = first; j < last; ++j) y[r * m.in + j] += factor * value(m, live[i] * m.in + j);
+            for (int64_t j = first; j < last; ++j) y[r * m.in + j] += factor * value(m, live[i] * m.stride + j);
         }
 }
 
