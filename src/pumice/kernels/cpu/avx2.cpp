@@ -200,6 +200,28 @@ void some(const Matrix& m, Run run) {  // with how many rows run together: of tw
     else run(std::integral_constant<int, 12>());
 }
 
+// Sixteen columns in two vectors. bf16 becomes fp32 by zeros beneath it, in halves of lanes: columns 0-3 and 8-11, then
+// the others; that is five instructions for 32 bytes where one vector at a time takes eight.
+struct Pair {
+    __m256 low, high;
+};
+
+template <int K>
+inline Pair turned(Pair p) {  // into the order of a row of weights, and back
+    if constexpr (K == F32) return p;
+    return {_mm256_permute2f128_ps(p.low, p.high, 0x20), _mm256_permute2f128_ps(p.low, p.high, 0x31)};
+}
+
+inline Pair pair(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+
+template <int K>
+inline Pair weights(const char* row, int64_t j) {
+    if constexpr (K == F32) return pair(reinterpret_cast<const float*>(row) + j);
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const uint16_t*>(row) + j));
+    const __m256i zero = _mm256_setzero_si256();
+    return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, v)), _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, v))};
+}
+
 // N rows of the list, of which `count` are wanted, by R rows of x.
 template <int K, int N, int R>
 void tile(const Matrix& m, const float* x, float* y, const int32_t* list, int count) {
@@ -209,7 +231,17 @@ void tile(const Matrix& m, const float* x, float* y, const int32_t* list, int co
     __m256 sum[N][R];
     for (int k = 0; k < N; ++k)
         for (int r = 0; r < R; ++r) sum[k][r] = _mm256_setzero_ps();
-    for (int64_t j = 0; j < m.in; j += 8)
+    int64_t j = 0;
+    for (; j + 16 <= m.in; j += 16)
+        for (int r = 0; r < R; ++r) {
+            const Pair columns = turned<K>(pair(x + r * width + j));
+            for (int k = 0; k < N; ++k) {
+                const Pair w = weights<K>(rows[k], j);
+                sum[k][r] = _mm256_fmadd_ps(w.low, columns.low, sum[k][r]);
+                sum[k][r] = _mm256_fmadd_ps(w.high, columns.high, sum[k][r]);
+            }
+        }
+    for (; j < m.in; j += 8)
         for (int r = 0; r < R; ++r) {
             const __m256 column = _mm256_loadu_ps(x + r * width + j);
             for (int k = 0; k < N; ++k) sum[k][r] = _mm256_fmadd_ps(plain<K>(rows[k], j), column, sum[k][r]);
@@ -247,10 +279,15 @@ void add_rows(const Matrix& m, const int32_t* live, const float* a, int n, float
         for (int k = 0; k < N; ++k) factor[k] = _mm256_set1_ps(a[r * m.out + live[k]]);
         float* out = y + r * m.in;
         int64_t j = first;
-        for (; j + 8 <= last; j += 8) {
-            __m256 sum = _mm256_loadu_ps(out + j);
-            for (int k = 0; k < N; ++k) sum = _mm256_fmadd_ps(factor[k], plain<K>(rows[k], j), sum);
-            _mm256_storeu_ps(out + j, sum);
+        for (; j + 16 <= last; j += 16) {
+            Pair sum = turned<K>(pair(out + j));
+            for (int k = 0; k < N; ++k) {
+                const Pair w = weights<K>(rows[k], j);
+                sum = {_mm256_fmadd_ps(factor[k], w.low, sum.low), _mm256_fmadd_ps(factor[k], w.high, sum.high)};
+            }
+            sum = turned<K>(sum);
+            _mm256_storeu_ps(out + j, sum.low);
+            _mm256_storeu_ps(out + j + 8, sum.high);
         }
         for (; j < last; ++j)
             for (int k = 0; k < N; ++k) {
