@@ -180,7 +180,7 @@ def decoded(model, plan, text) -> dict:
     """One token at a time in fp32: milliseconds and bytes, dense and sparse. The kernels that skip are for CPUs."""
     if model.device.type != "cpu":
         return {}
-    twin = plan.attach(copy.deepcopy(model), check=False)
+    twin = plan.attach(model, check=False)
     found = compare({"dense": model, "sparse": twin}, text.ids[:1, :64])
     return {
         "ms": [round(found[way].decode_ms, 3) for way in found],
@@ -380,6 +380,7 @@ def main() -> None:
         "--only", default="", help="rows whose key this expression finds: `lowbit`, `(cats|teal) 0.6667`"
     )
     parser.add_argument("--tasks", help="a folder of lm-eval's task files")
+    parser.add_argument("--windows", type=int, default=64, help="of the test text")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--table", action="store_true", help="only print the table")
     options = parser.parse_args()
@@ -391,7 +392,9 @@ def main() -> None:
 
     if not options.table:
         model, tokenizer = pumice.load(options.model, device=options.device)
-        test = tokens(f"file:{options.test}", tokenizer, window=512, windows=64, order="sequential", split="test")
+        test = tokens(
+            f"file:{options.test}", tokenizer, window=512, windows=options.windows, order="sequential", split="test"
+        )
         text = tokens(f"file:{options.c4}", tokenizer, window=512, windows=16)
         mine = data["models"].setdefault(options.name or options.model, {"rows": {}})
         data["machine"] = machine()

@@ -2,7 +2,8 @@
 
     python bench/training.py --model DIR --test FILE [--steps N] [--only REGEX]        stories260K, hours on one core
     python bench/training.py --on smollm2 --model smollm2 --test FILE --text FILE --text FILE --device cuda     a GPU
-    python bench/training.py [--on smollm2] --plot                                     the table and the picture alone
+    python bench/training.py --on relu --model DIR --test FILE               of relu_model.py: ten minutes a trained row
+    python bench/training.py [--on smollm2|relu] --plot                                the table and the picture alone
 
 DIR: llama2.c's stories260K in the layout of transformers (SwiGLU, 5 layers, d = 64, 172 neurons a layer, in experts of
 4). Every row begins at the same weights and learns the same tokens: stories that the model itself tells (temperature
@@ -62,7 +63,6 @@ from relu_model import told
 
 RESULTS = Path(__file__).parent / "results"
 COPY = 4.5 / 16  # bytes of a low-bit copy over those of its matrix
-SPARSITIES = (0.3, 0.5, 0.7, 0.8, 0.9)
 WINDOW = 256
 
 
@@ -76,6 +76,8 @@ class Start:
     rank: int  # of DejaVu's nets
     training: Settings  # with steps that `--steps` replaces
     told: bool = False  # it learns what it told itself: plain training has nothing to gain
+    relu: bool = False  # nine neurons of ten are silent already
+    sparsities: tuple[float, ...] = (0.3, 0.5, 0.7, 0.8, 0.9)
 
     @property
     def path(self) -> Path:
@@ -96,10 +98,16 @@ class Start:
         }
 
 
+# fmt: off
 STARTS = {
     "stories": Start("training", "stories260K", 4, 32, Settings(steps=500, batch=8, lr=1e-3), told=True),
+    "relu": Start(
+        file="training_relu", title="a ReLU model of 5 M", size=8, rank=32, told=True, relu=True,
+        training=Settings(steps=250, batch=8, lr=3e-4), sparsities=(0.9, 0.95),
+    ),
     "smollm2": Start("training_smollm2", "SmolLM2-135M", 8, 72, Settings(steps=600, batch=16, lr=1e-4, bf16=True)),
 }
+# fmt: on
 FREE = {"cats": ("cats", {"first": 0}), "griffin": ("griffin", {})}
 
 
@@ -163,7 +171,7 @@ def table(data: dict) -> str:
     ]
     for one in sorted(data["rows"].values(), key=lambda one: (one["sparsity"], one["ratio_to_dense"][0])):
         ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*one["ratio_to_dense"])
-        cells = [one["method"], f"{one['sparsity']:.1f}", f"{one['active']:.3f}", f"{one['bytes']:.3f}"]
+        cells = [one["method"], f"{one['sparsity']:g}", f"{one['active']:.3f}", f"{one['bytes']:.3f}"]
         cells += [f"{one['perplexity']:.3f} ± {one['error']:.3f}", ratio]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -269,9 +277,9 @@ def fill(options: argparse.Namespace, data: dict, start: Start) -> None:
 
     @cache
     def relu() -> tuple:
-        return learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))
+        return (base, None) if start.relu else learnt(recipe.build("prosparse", {"sparsity": 0.0, "l1": 0.0}))
 
-    for s in SPARSITIES:
+    for s in start.sparsities:
         for name, (method, given) in start.trained.items():
             if wanted(key := f"{name} {s}"):
                 keep(name, s, *learnt(recipe.build(method, {"sparsity": s} | given)), key)

@@ -147,9 +147,13 @@ def _contextual(name: str) -> list[str]:
     for model, found in data["models"].items() if data else ():
         rows = {key: row for key, row in found["rows"].items() if row["method"].partition(",")[0] == name}
         if rows:
+            windows = len(found["dense"])
+            texts = f"calibrated on C4, {windows} windows of 512 of WikiText-2 test"
+            if model == "relu-stories":
+                texts = f"calibrated on stories that its teacher told, {windows} windows of 512 of real ones"
             title = (
-                f"`python bench/contextual.py`: {model}, calibrated on C4, 64 windows of 512 of WikiText-2 test; "
-                f"dense {found['perplexity']:.2f}. Bytes are of the FFN, in 16 bits a weight or (`native`) in the "
+                f"`python bench/contextual.py`: {model}, {texts}; dense {found['perplexity']:.2f}. Bytes "
+                "are of the FFN, in 16 bits a weight or (`native`) in the "
                 "codes that it was stored in. KL to dense and same token on 16 of the windows."
             )
             if gpus := {row["gpu"] for row in rows.values() if "gpu" in row}:
@@ -197,6 +201,11 @@ def _trained(name: str) -> list[str]:
             "stories260K, {:,} tokens that it told itself, 64 windows of 256 of real stories",
         ),
         (
+            "training_relu.json",
+            "bench/training.py --on relu",
+            "a ReLU model of 5.0 M parameters, {:,} tokens that it told itself, 64 windows of 256 of real stories",
+        ),
+        (
             "training_smollm2.json",
             "bench/training.py --on smollm2",
             "SmolLM2-135M, {:,} tokens of WikiText-2 train and C4, 64 windows of 256 of WikiText-2 test; dense is as "
@@ -207,13 +216,18 @@ def _trained(name: str) -> list[str]:
             "bench/e2e.py",
             "SmolLM2-135M, {:,} tokens of E2E, perplexity of 256 answers (dense {}) and ROUGE-L of 100 (dense {})",
         ),
+        (
+            "e2e_cpu.json",
+            "bench/e2e.py --name e2e_cpu --steps 100 --batch 8",
+            "the same with {:,} tokens (dense {} and {}), a smoke test",
+        ),
     ):
         data = _read(file)
         rows = [] if data is None else [row for row in data["rows"].values() if name in _trained_by(row)]
         lines = []
-        for row in rows:
+        for row in sorted(rows, key=lambda row: (row["method"], row["sparsity"])):
             ratio, low, high = row["ratio_to_dense"]
-            cells = [row["method"], f"{row['sparsity']:.1f}", f"{row['active']:.3f}", f"{row['bytes']:.3f}"]
+            cells = [row["method"], f"{row['sparsity']:g}", f"{row['active']:.3f}", f"{row['bytes']:.3f}"]
             found = f"{row['perplexity']:.2f}" + (f" ± {row['error']:.2f}" if "error" in row else "")
             lines.append([*cells, found, f"{ratio:.2f}× [{low:.2f}, {high:.2f}]"])
             if "rouge_l" in row:
