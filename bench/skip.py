@@ -15,8 +15,9 @@ Dense is torch's, and where that does not reach the memory's bandwidth a ratio c
 disturb ratios: all run in turn, and medians are taken. `share_of_bandwidth` is the rate at which the bytes that remain
 are read, over the rate at which torch sums a large array in the same turns: this machine's bandwidth comes and goes.
 
-Three quarters of that bandwidth were asked for at 7B shapes. Found on one core of an EPYC: 0.6 to 0.7 in fp32, where
-torch's dense product has 0.73, and 0.5 to 0.8 in bf16, where that has 0.45.
+Three quarters of that bandwidth were asked for at 7B shapes and a half. Found there on one core of an EPYC: 0.76 to
+0.82 in fp32 (0.73 with the attention, of which torch's dense product has 0.71), and 0.63 to 0.71 in bf16, where torch
+has 0.34 and a row is bound by the instructions that widen it. Rows of 576 are too short for as much: 0.48 to 0.66.
 """
 
 from __future__ import annotations
