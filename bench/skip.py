@@ -33,9 +33,9 @@ import torch.nn.functional as F
 
 from pumice.budget import removed
 from pumice.kernels.cpu.library import describe
+from pumice.kernels.near import Copy
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons, side_by_side
 from pumice.report.rows import machine
-from pumice.store import Store
 
 RESULTS = Path(__file__).parent / "results" / "skip.json"
 SHAPES = [(576, 1536), (4096, 11008)]  # d, neurons
@@ -70,7 +70,7 @@ def products(d: int, units: int, dtype: torch.dtype, sparsity: float) -> dict[st
         down = (torch.randn(d, units) * units**-0.5).to(dtype)
         columns = down.T.contiguous()
         open_gate = F.silu(F.linear(x, gate).float())
-        given, near = open_gate * F.linear(x, up).float(), [Store.rounded(m, "int4") for m in (gate, up)]
+        given, near = open_gate * F.linear(x, up).float(), [Copy.rounded(m) for m in (gate, up)]
         found["dense"].append(partial(dense_ffn, x, gate, up, down))
         late = side_by_side([up, columns])  # as attach lays them out
         by_gate = SkipNeurons(Rows(weight=gate), Rows(weight=late[0]), late[1], None, activation="silu",
@@ -108,7 +108,7 @@ def measure(d: int, units: int, dtype: torch.dtype, sparsity: float) -> list[dic
     medians = {name: statistics.median(column) for name, column in times.items()}
     bandwidth = READ / medians["read"]
     matrix, live = d * units * dtype.itemsize, 1 - sparsity
-    copies = 2 * Store.rounded(torch.zeros(8, d), "int4").bytes / 8 * units
+    copies = 2 * Copy.rounded(torch.zeros(8, d)).bytes / 8 * units
     left = {"neurons": matrix * (1 + 2 * live), "copies": 3 * live * matrix + copies, "columns": live * matrix}
     left["largest"] = left["columns"]
     left["route"] = 3 * live * matrix + 4 * d * units / EXPERT

@@ -22,6 +22,7 @@ from pumice.eval.perplexity import perplexity
 from pumice.eval.speed import decode_bytes
 from pumice.forms import Magnitude, Projected, PromptNorm, Select, Threshold, Tokens, TopK
 from pumice.kernels.cpu.library import library
+from pumice.kernels.near import Copy
 from pumice.kernels.skip import Rows, SkipColumns, SkipNeurons, side_by_side
 from pumice.methods.prompt.griffin import Griffin
 from pumice.methods.static.magnitude import Magnitude as Magnitude_
@@ -32,7 +33,6 @@ from pumice.methods.token.lowbit import LowBit
 from pumice.methods.token.teal import Teal
 from pumice.methods.token.wina import Wina
 from pumice.plan import Plan
-from pumice.store import Store
 from tiny import FAMILIES, tiny
 
 CALIBRATION = torch.randint(3, 96, (4, 20), generator=torch.Generator().manual_seed(3))
@@ -477,7 +477,7 @@ def test_both_kernels_skip_alike(d, units, out, groups, dtype, rows, threads):
         x[1, d // 2] = float("nan")
     if rows > 4:
         x[3, 0] = float("inf")
-    near = [Store.rounded(matrix.float(), "int4") for matrix in (gate, up)]
+    near = [Copy.rounded(matrix) for matrix in (gate, up)]
     ways = [{"tau": 0.5}, {"tau": 0.3, "near": near}, {"tau": 0.2, "router": Rows(weight=router)}]
     ways += [{"tau": 0.4, "first_is_gate": False}, {"tau": 0.0, "given": live}]
     before = torch.get_num_threads()

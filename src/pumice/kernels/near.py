@@ -14,6 +14,45 @@ from torch import Tensor
 from pumice.sites import Site
 from pumice.store import GROUP, Store
 
+ROWS = 8  # that lie together
+
+
+@dataclass(frozen=True, eq=False)
+class Copy:
+    """A matrix [rows, columns] in 4 bits, as the CPU kernel reads it: eight rows together, a lane of a vector for each.
+
+    Of every group of 32 columns the kernel takes four bytes of each row at once: the low nibbles are four columns, the
+    high ones the next four. Codes are stored with 8 added, so that none has a sign.
+    """
+
+    codes: Tensor  # uint8 [rows/8, groups, 4, 8, 4]
+    scales: Tensor  # fp16 [rows/8, groups, 8]
+    rows: int
+    columns: int
+
+    @classmethod
+    def rounded(cls, matrix: Tensor) -> Copy:
+        """The nearest of a matrix: int4 of `store.py`."""
+        near = Store.rounded(matrix, "int4")
+        rows, columns = matrix.shape
+        codes = F.pad(near.codes + 8, (0, -columns % GROUP, 0, -rows % ROWS)).to(torch.uint8)
+        low, high = codes.view(-1, ROWS, near.scales.shape[1], 4, 2, 4).permute(4, 0, 2, 3, 1, 5)
+        scales = F.pad(near.scales, (0, 0, 0, -rows % ROWS)).unflatten(0, (-1, ROWS)).transpose(1, 2)
+        return cls((low | high << 4).contiguous(), scales.contiguous(), rows, columns)
+
+    @property
+    def dense(self) -> Tensor:
+        """fp32 [rows, columns]."""
+        nibbles = torch.stack([self.codes & 15, self.codes >> 4]).permute(
+            1, 4, 2, 3, 0, 5
+        )  # [rows/8, 8, groups, 4, 2, 4]
+        steps = self.scales.float().transpose(1, 2)[..., None]
+        return ((nibbles.flatten(3).float() - 8) * steps).flatten(2).flatten(0, 1)[: self.rows, : self.columns]
+
+    @property
+    def bytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
 
 @dataclass(frozen=True, eq=False)
 class Near:
@@ -21,21 +60,17 @@ class Near:
 
     site: Site
     role: str
-    store: Store  # [units, d]
+    copy: Copy  # [units, d]
 
     @classmethod
     def of(cls, site: Site, role: str) -> Near:
-        return cls(site, role, Store.rounded(site.weight_of(role)[_rows(site, role)], "int4"))
-
-    @property
-    def dense(self) -> Tensor:
-        return self.store.dense()
+        return cls(site, role, Copy.rounded(site.weight_of(role)[_rows(site, role)]))
 
     def reference(self, x: Tensor) -> Tensor:
         """[..., d] -> [..., units], fp32."""
         bias = self.site.bias(self.role)
         bias = None if bias is None else bias[_rows(self.site, self.role)]
-        return F.linear(rounded_rows(x), self.dense.to(x.device), bias)
+        return F.linear(rounded_rows(x), self.copy.dense.to(x.device), bias)
 
 
 def _rows(site: Site, role: str) -> Tensor:

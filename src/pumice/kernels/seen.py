@@ -56,7 +56,7 @@ class Seen:
     def copied(self, role: str) -> int:
         """Bytes of the copy of a matrix; 0 without one."""
         found = self._made.get(role, (None, 0, None))[2]
-        return found.store.bytes if isinstance(found, Near) else 0
+        return found.copy.bytes if isinstance(found, Near) else 0
 
     def planes(self, form: Select) -> BitPlanes:
         """Of the matrix that reads the units."""

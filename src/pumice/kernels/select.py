@@ -18,6 +18,7 @@ from pumice.disk import cache_dir, write
 from pumice.errors import PumiceError
 from pumice.forms import Levels
 from pumice.kernels.cpu.library import VERSION
+from pumice.kernels.near import Copy
 from pumice.kernels.ops import Product
 from pumice.kernels.pack import pack
 from pumice.kernels.planes import BitPlanes, Grid, ReadPlanes
@@ -180,7 +181,7 @@ def _time_neurons(d, units, out, matrices, told, percent, routed, rows, dtype) -
     for _ in range(copies):
         first, second = (torch.randn(units, d).to(dtype) for _ in range(2))
         columns = torch.randn(units, out).to(dtype)
-        near = [Store.rounded(matrix, "int4") for matrix in [first, second][: matrices - 1]] * (told == "copies")
+        near = [Copy.rounded(matrix) for matrix in [first, second][: matrices - 1]] * (told == "copies")
         score = F.linear(x, first).float()
         score = (score * F.linear(x, second).float() if near and matrices > 2 else score).abs().flatten()
         router = Rows(weight=torch.randn(told[0])) if routed else None

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from pumice.errors import PumiceError
 from pumice.kernels.cpu.library import Matrix, Units, library
+from pumice.kernels.near import Copy
 from pumice.kernels.ops import KINDS, MAX_ROWS, SPARE
-from pumice.store import GROUP, Store
 
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh")
 STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -106,7 +106,7 @@ class SkipNeurons(_Skip):
 
     def __init__(self, first: Rows, second: Rows | None, columns: Tensor, bias: Tensor | None, *, activation: str,
                  tau: float, weight: Tensor | None = None, scored: bool = True, first_is_gate: bool = True,
-                 near: Sequence[Store] = (), router: Rows | None = None, isa: Isa | None = None) -> None:  # fmt: skip
+                 near: Sequence[Copy] = (), router: Rows | None = None, isa: Isa | None = None) -> None:  # fmt: skip
         parts = [_rows(first), _rows(second), _down(columns, bias), _rows(router)]
         group = 1 if router is None else len(columns) // len(router.weight)
         if router is not None and group * len(router.weight) != len(columns):
@@ -118,7 +118,7 @@ class SkipNeurons(_Skip):
             down=_matrix(parts[2]),
             router=_matrix(parts[3]),
             group=group,
-            **{f"near_{at}": _codes(store) for at, store in zip(("first", "second"), near, strict=False)},
+            **{f"near_{at}": _codes(copy) for at, copy in zip(("first", "second"), near, strict=False)},
             weight=pointer(weight),
             tau=tau,
             activation=ACTIVATIONS.index(activation),
@@ -126,7 +126,7 @@ class SkipNeurons(_Skip):
             gated_by=1 if first_is_gate else 2,
         )
         tensors = [tensor for part in parts if part for tensor in (part.weight, part.bias)]
-        tensors += [tensor for store in near for tensor in (store.tensor, store.scales)]
+        tensors += [tensor for copy in near for tensor in (copy.codes, copy.scales)]
         super().__init__(units, [*tensors, weight], columns.shape[1], columns.dtype, isa)
 
 
@@ -189,13 +189,11 @@ def _matrix(part: Rows | None) -> Matrix:
     )
 
 
-def _codes(store: Store) -> Matrix:
-    if store.kind != "int4" or store.group != GROUP:
-        raise PumiceError(f"a copy that chooses neurons is int4 in groups of {GROUP}, not {store.kind}.")
-    shape = (store.tensor.shape[0], store.columns)
-    return Matrix(
-        *shape, None, pointer(store.tensor), None, pointer(store.scales), None, KINDS["int4"], 2 * store.tensor.shape[1]
-    )
+def _codes(copy: Copy) -> Matrix:
+    if copy.codes.device.type != "cpu":
+        raise PumiceError("the CPU kernels that skip read copies in the CPU's memory.")
+    codes, scales = pointer(copy.codes), pointer(copy.scales)
+    return Matrix(copy.rows, copy.columns, None, codes, None, scales, None, KINDS["int4"], 0)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

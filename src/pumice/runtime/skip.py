@@ -149,7 +149,7 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
         weight=None if told else score.weight,
         scored=told or bool(score.activation),
         first_is_gate=tells == "gate" or other is None,
-        near=[copy(role).store for role in site.in_roles] if copied else (),
+        near=[copy(role).copy for role in site.in_roles] if copied else (),
         router=Rows(weight=score.second, bias=score.offset) if routed else None,
     )
     return Skipping(site.whole, True, product, Unchanged(modules.values()), pays, True, told and not routed)

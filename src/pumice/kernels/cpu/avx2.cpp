@@ -330,60 +330,48 @@ void avx2_accumulate(const Matrix& m, const int32_t* live, int64_t count, const 
 
 namespace {
 
-// 4-bit codes of a group plus 8, as bytes: the even columns, then the odd ones. Without a sign they are half the work.
-inline __m256i spread_codes(__m128i pairs) {
-    const __m128i raised = _mm_xor_si128(pairs, _mm_set1_epi8(char(0x88)));
-    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(raised, 4), raised), _mm256_set1_epi8(15));
-}
-
+// Eight rows of a copy in the lanes of a vector, so that no sum goes across one. Of a group the products are summed in 16
+// bits: two codes below 16 by two of x give at most 3,810, and eight of these 30,480.
 template <int R>
 void near_rows(const Matrix& m, const Rounded& x, float* y, int64_t first, int64_t last) {
-    constexpr int chains = R == 1 ? 4 : R == 2 ? 2 : 1;
-    const int64_t stride = (m.in + 1) / 2, all = groups(m), full = m.in / GROUP, width = padded(m);
-    const __m256i ones = _mm256_set1_epi16(1);
-    for (int64_t row = first; row < last; ++row) {
-        const uint8_t* codes = static_cast<const uint8_t*>(m.values) + row * stride;
+    const int64_t all = groups(m), width = padded(m);
+    const __m256i nibble = _mm256_set1_epi8(15), ones = _mm256_set1_epi16(1);
+    const auto four = [](const int8_t* p) { return _mm256_set1_epi32(int32_t(load32(reinterpret_cast<const uint8_t*>(p)))); };
+    for (int64_t row = first; row < last; row += LANES) {
+        const auto* codes = static_cast<const uint8_t*>(m.values) + row * all * (GROUP / 2);
         const uint16_t* scales = m.scales + row * all;
-        __m256 sum[R][chains];
-        __m128 raised[R];  // what the 8 that every code has too much adds to the sum
-        for (int r = 0; r < R; ++r) {
-            raised[r] = _mm_setzero_ps();
-            for (int c = 0; c < chains; ++c) sum[r][c] = _mm256_setzero_ps();
-        }
-        // `count` groups, of which the scales are four[0..]
-        const auto some = [&](int64_t g, int count, const uint8_t* from, __m128 four) __attribute__((always_inline)) {
-            const auto load = [&](const float* p) { return count == 4 ? _mm_loadu_ps(p) : _mm_load_ss(p); };
-            alignas(16) float steps[R][4];
-            for (int r = 0; r < R; ++r) {
-                _mm_store_ps(steps[r], _mm_mul_ps(four, load(x.scales + r * all + g)));
-                raised[r] = _mm_fmadd_ps(four, load(x.eights + r * all + g), raised[r]);
-            }
-            for (int i = 0; i < count; ++i) {
-                const __m256i w = spread_codes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i * GROUP / 2)));
+        __m256 sum[R];
+        for (int r = 0; r < R; ++r) sum[r] = _mm256_setzero_ps();
+        for (int64_t g = 0; g < all; ++g, codes += LANES * GROUP / 2, scales += LANES) {
+            __m256i part[R];
+            for (int r = 0; r < R; ++r) part[r] = _mm256_setzero_si256();
+            for (int c = 0; c < 4; ++c) {
+                const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + c);
+                const __m256i low = _mm256_and_si256(both, nibble);
+                const __m256i high = _mm256_and_si256(_mm256_srli_epi16(both, 4), nibble);
                 for (int r = 0; r < R; ++r) {
-                    const __m256i column =
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x.codes + r * width + (g + i) * GROUP));
-                    const __m256i dot = _mm256_madd_epi16(_mm256_maddubs_epi16(w, column), ones);
-                    sum[r][i % chains] =
-                        _mm256_fmadd_ps(_mm256_broadcast_ss(steps[r] + i), _mm256_cvtepi32_ps(dot), sum[r][i % chains]);
+                    const int8_t* columns = x.codes + r * width + g * GROUP + c * 8;
+                    part[r] = _mm256_add_epi16(part[r], _mm256_maddubs_epi16(low, four(columns)));
+                    part[r] = _mm256_add_epi16(part[r], _mm256_maddubs_epi16(high, four(columns + 4)));
                 }
             }
-        };
-        int64_t g = 0;
-        for (; g + 4 <= full; g += 4) {
-            const __m128i four = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(scales + g));
-            some(g, 4, codes + g * GROUP / 2, _mm_cvtph_ps(four));
-        }
-        for (; g < full; ++g) some(g, 1, codes + g * GROUP / 2, _mm_set_ss(_cvtsh_ss(scales[g])));
-        if (full < all) {  // what lies behind the last column meets zeros of x
-            alignas(16) uint8_t rest[16] = {};
-            __builtin_memcpy(rest, codes + full * GROUP / 2, size_t(stride - full * GROUP / 2));
-            some(full, 1, rest, _mm_set_ss(_cvtsh_ss(scales[full])));
+            const __m256 step = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(scales)));
+            for (int r = 0; r < R; ++r) {
+                const __m256i eight = _mm256_set1_epi32(x.eights[r * all + g]);
+                const __m256i dot = _mm256_sub_epi32(_mm256_madd_epi16(part[r], ones), eight);
+                const __m256 scale = _mm256_mul_ps(step, _mm256_broadcast_ss(x.scales + r * all + g));
+                sum[r] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dot), sum[r]);
+            }
         }
         for (int r = 0; r < R; ++r) {
-            __m256 whole = sum[r][0];
-            for (int c = 1; c < chains; ++c) whole = _mm256_add_ps(whole, sum[r][c]);
-            y[r * m.out + row] = total(_mm256_sub_ps(whole, _mm256_insertf128_ps(_mm256_setzero_ps(), raised[r], 0)));
+            float* to = y + r * m.out + row;
+            if (last - row >= LANES) {
+                _mm256_storeu_ps(to, sum[r]);
+            } else {
+                alignas(32) float rest[LANES];
+                _mm256_store_ps(rest, sum[r]);
+                __builtin_memcpy(to, rest, size_t(last - row) * sizeof(float));
+            }
         }
     }
 }

@@ -43,13 +43,15 @@ using Gather = void (*)(const Matrix& m, const float* x, int n, float* y, const 
 using Accumulate = void (*)(const Matrix& m, const int32_t* live, int64_t count, const float* a, int n, float* y,
                             int64_t first, int64_t last);
 
-// x in int8, a scale for each group of 32 columns; within a group the even columns come first, then the odd ones, as the
-// low and the high nibbles of 4-bit codes do. y = W x̂ for rows [first, last) of a matrix of 4-bit codes.
+// x in int8, a scale for each group of 32 columns. y = W x̂ for rows [first, last) of a copy of near.py, of which `first`
+// is a multiple of 8: its codes are [out/8, groups, 4, 8, 4], four bytes of each of eight rows at a time, of which the low
+// nibbles are four columns and the high ones the next four; a code has 8 added. Its scales are [out/8, groups, 8].
 struct Rounded {
-    const int8_t* codes;  // [n, padded(m)]
-    const float* scales;  // [n, groups(m)]
-    const float* eights;  // [n, groups(m)]: 8 · scale · Σ codes
+    const int8_t* codes;    // [n, padded(m)]
+    const float* scales;    // [n, groups(m)]
+    const int32_t* eights;  // [n, groups(m)]: 8 · Σ codes
 };
+constexpr int LANES = 8;  // rows of a copy that lie together
 using Near = void (*)(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last);
 
 void portable_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last);

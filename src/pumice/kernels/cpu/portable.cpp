@@ -61,19 +61,20 @@ void portable_accumulate(const Matrix& m, const int32_t* live, int64_t count, co
 }
 
 void portable_near(const Matrix& m, const Rounded& x, int n, float* y, int64_t first, int64_t last) {
-    const int64_t stride = (m.in + 1) / 2;
+    const int64_t all = groups(m);
     for (int64_t row = first; row < last; ++row)
         for (int r = 0; r < n; ++r) {
-            const uint8_t* codes = static_cast<const uint8_t*>(m.values) + row * stride;
             float sum = 0.0f;
-            for (int64_t g = 0; g < groups(m); ++g) {
+            for (int64_t g = 0; g < all; ++g) {
+                const int64_t at = row / LANES * all + g;
+                const uint8_t* codes = static_cast<const uint8_t*>(m.values) + (at * 4 * LANES + row % LANES) * 4;
                 const int8_t* column = x.codes + r * padded(m) + g * GROUP;
                 int32_t dot = 0;
-                for (int64_t i = 0; i < GROUP / 2 && g * GROUP + 2 * i < m.in; ++i) {
-                    const int byte = codes[g * GROUP / 2 + i];
-                    dot += (((byte & 15) ^ 8) - 8) * column[i] + (((byte >> 4) ^ 8) - 8) * column[GROUP / 2 + i];
+                for (int i = 0; i < 16; ++i) {
+                    const int byte = codes[i / 4 * 4 * LANES + i % 4];
+                    dot += ((byte & 15) - 8) * column[i / 4 * 8 + i % 4] + ((byte >> 4) - 8) * column[i / 4 * 8 + 4 + i % 4];
                 }
-                sum += half_to_float(m.scales[row * groups(m) + g]) * x.scales[r * groups(m) + g] * float(dot);
+                sum += half_to_float(m.scales[at * LANES + row % LANES]) * x.scales[r * all + g] * float(dot);
             }
             y[r * m.out + row] = sum;
         }

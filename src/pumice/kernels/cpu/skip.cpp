@@ -69,6 +69,9 @@ struct Work {
     // Whether a unit is known before its matrices are read.
     bool early() const { return given || u->router.values || u->near_first.values; }
 
+    // Units that one thread takes together: what they are known by is read so.
+    int64_t step() const { return u->near_first.values ? LANES : u->group; }
+
     bool is_live(float score, int64_t unit) const {
         if (u->weight) score *= u->weight[unit];
         return !(score <= u->tau);
@@ -138,8 +141,8 @@ struct Work {
     }
 };
 
-// x [n, padded] in int8, the even columns of each group before the odd ones. NaN and infinity give scales that are so too.
-void round(const float* x, int64_t n, int64_t columns, int8_t* codes, float* scales, float* eights) {
+// x [n, padded] in int8. NaN and infinity give scales that are so too.
+void round(const float* x, int64_t n, int64_t columns, int8_t* codes, float* scales, int32_t* eights) {
     for (int64_t g = 0; g < n * columns / GROUP; ++g, x += GROUP, codes += GROUP) {
         float largest = 0.0f, odd = 0.0f;
         for (int i = 0; i < GROUP; ++i) {
@@ -151,10 +154,9 @@ void round(const float* x, int64_t n, int64_t columns, int8_t* codes, float* sca
         int sum = 0;
         for (int i = 0; i < GROUP; ++i) {
             const float code = std::nearbyint(x[i] * inverse);
-            sum += codes[(i & 1) * GROUP / 2 + i / 2] =
-                int8_t(code >= -127.0f ? code <= 127.0f ? code : 127.0f : -127.0f);
+            sum += codes[i] = int8_t(code >= -127.0f ? code <= 127.0f ? code : 127.0f : -127.0f);
         }
-        eights[g] = 8.0f * scales[g] * float(sum);
+        eights[g] = 8 * sum;
     }
 }
 
@@ -189,8 +191,8 @@ void choose_in_thread(void* data) {
     Shared& s = *static_cast<Shared*>(data);
     const int64_t me = thread_number(), parts = std::min(int64_t(thread_count()), THREADS), units = s.w->u->down.out;
     if (me >= parts) return;
-    const int64_t group = s.w->u->group;
-    s.w->choose(even(units, me, parts, group), even(units, me + 1, parts, group), &s.w->counts[me], &s.owns[me]);
+    const int64_t step = s.w->step();
+    s.w->choose(even(units, me, parts, step), even(units, me + 1, parts, step), &s.w->counts[me], &s.owns[me]);
 }
 
 void accumulate_in_thread(void* data) {
@@ -213,7 +215,7 @@ void run(Work& w) {
     while (parts < THREADS && w.counts[parts] >= 0) ++parts;
     w.total = w.own = 0;
     for (int64_t t = 0; t < parts; ++t) {  // the lists of the threads, one behind the other
-        const int64_t from = even(units, t, parts, w.u->group);
+        const int64_t from = even(units, t, parts, w.step());
         if (w.total != from) std::memmove(w.live + w.total, w.live + from, size_t(w.counts[t]) * sizeof(int32_t));
         w.total += w.counts[t];
         w.own += s.owns[t];
@@ -258,7 +260,7 @@ PUBLIC int pumice_skip(const Units* u, const void* x, const uint8_t* live_units,
         int8_t* codes = reinterpret_cast<int8_t*>(bytes.of(n * padded(u->first)));
         float* scales = steps.of(2 * n * groups(u->first));
         if (!codes || !scales) return 1;
-        float* eights = scales + n * groups(u->first);
+        int32_t* eights = reinterpret_cast<int32_t*>(scales + n * groups(u->first));
         round(columns, n, padded(u->first), codes, scales, eights);
         rounded = {codes, scales, eights};
     }
