@@ -187,6 +187,7 @@ def decoded(model, plan, text) -> dict:
         "token_bytes": [found[way].effective_bytes for way in found],
         "faster": round(found["dense"].decode_ms / found["sparse"].decode_ms, 3),
         "ran": sorted({selection.ran for selection in twin.pumice.selections.values()}),
+        "timed_on": machine(),
     }
 
 

@@ -158,7 +158,9 @@ def _contextual(name: str) -> list[str]:
             )
             if gpus := {row["gpu"] for row in rows.values() if "gpu" in row}:
                 some = "" if all("gpu" in row for row in rows.values()) else ", some rows on a CPU"
-                title += f" Scored on {', '.join(sorted(gpus))}{some}; decoding is timed on a CPU."
+                title += f" Scored on {', '.join(sorted(gpus))}{some}."
+            if clocks := {_on(row["timed_on"]) for row in rows.values() if "timed_on" in row}:
+                title += f" Decoding is timed on {', '.join(sorted(clocks))}."
             cells, timed = [], any("faster" in row for row in rows.values())
             for key, row in rows.items():
                 ratio, low, high = row["ratio_to_dense"]
