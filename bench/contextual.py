@@ -399,6 +399,8 @@ def main() -> None:
         text = tokens(f"file:{options.c4}", tokenizer, window=512, windows=16)
         mine = data["models"].setdefault(options.name or options.model, {"rows": {}})
         data["machine"] = machine()
+        if len(mine.get("dense", test.ids)) != len(test.ids):
+            raise SystemExit(f"{RESULTS} has {len(mine['dense'])} windows of this model: give --windows as then.")
         if "dense" not in mine:
             mine["dense"] = [round(loss, 6) for loss in perplexity(model, test).losses]
         on_tasks = None

@@ -2,7 +2,7 @@
 
     python bench/e2e.py --train devset.csv#mr,ref --test testset_w_refs.csv#mr,ref [--sparsity 0.5,0.7] [--only REGEX]
     python bench/e2e.py … --device cuda                                               as results/e2e.json was made
-    python bench/e2e.py … --name e2e_cpu --steps 100 --batch 8           a smoke test: 53 k tokens, two hours
+    python bench/e2e.py … --name e2e_cpu --steps 100 --batch 8           a smoke test: half an hour for a row
     python bench/e2e.py [--name e2e_cpu] --plot                                      the table and the picture alone
 
 SmolLM2-135M learns E2E (restaurants in words from their attributes), the answers alone, bf16 autocast on a GPU, AdamW,

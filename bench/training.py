@@ -289,7 +289,7 @@ def fill(options: argparse.Namespace, data: dict, start: Start) -> None:
         for name, (method, given) in start.on_relu.items():
             if wanted(key := f"{name} {s}"):
                 keep(name, s, relu()[0], solved(relu()[0], method, {"sparsity": s} | given), key)
-    if wanted("relu alone"):
+    if not start.relu and wanted("relu alone"):
         keep("relu, what closes by itself", 0.0, *relu(), "relu alone")
 
 

@@ -550,7 +550,8 @@ def test_rank_correlation():
 )
 def test_what_tells_is_timed_too(told):
     routed = told == ((8, 32),)
-    assert select._time_neurons(32, 64, 32, 3, told, 50, routed, 2, torch.float32)["skip_us"] > 0
+    for out, together in ((32, 3), (32, 2), (24, 1)):
+        assert select._time_neurons(32, 64, out, 3, told, 50, routed, together, 2, torch.float32)["skip_us"] > 0
 
 
 def test_every_criterion_has_a_name_that_the_method_takes():

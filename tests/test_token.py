@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +34,7 @@ from pumice.methods.token.lowbit import LowBit
 from pumice.methods.token.teal import Teal
 from pumice.methods.token.wina import Wina
 from pumice.plan import Plan
+from pumice.store import Store
 from tiny import FAMILIES, tiny
 
 CALIBRATION = torch.randint(3, 96, (4, 20), generator=torch.Generator().manual_seed(3))
@@ -464,8 +466,9 @@ def test_the_largest_inputs_are_read_alone(family, block):
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("d", "units", "out", "groups"), [(33, 1043, 48, 149), (130, 517, 77, 47), (64, 777, 40, 7),
-                                                      (36, 210, 36, 30), (2064, 90, 2064, 9)])  # fmt: skip
+@pytest.mark.parametrize(("d", "units", "out", "groups"), [
+    (33, 1043, 48, 149), (130, 517, 77, 47), (64, 777, 40, 7), (36, 210, 36, 30), (35, 90, 35, 9), (4136, 90, 4136, 9)
+])  # fmt: skip
 def test_both_kernels_skip_alike(d, units, out, groups, dtype, rows, threads):
     if not library().pumice_has_avx2():
         pytest.skip("one kernel alone")
@@ -589,16 +592,72 @@ def test_what_was_applied_is_taken_off_again_bit_for_bit():
     assert torch.equal(logits(model), dense)
 
 
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "phi3"])
-def test_what_lies_as_the_kernel_wants_it_is_saved_as_it_was(family, tmp_path):
+@pytest.mark.parametrize("method, family, apart", [
+    (LowBit, "llama", {"gate_proj", "up_proj", "down_proj"}), (Cats, "llama", {"up_proj", "down_proj"}),
+    (LowBit, "phi3", {"down_proj"}), (Contribution, "llama", {"down_proj"}), (Contribution, "opt", {"fc2"}),
+    (LowBit, "gpt2", {"c_fc", "c_proj"}), (Contribution, "gpt2", set()),  # stored as the kernel reads it
+])  # fmt: skip
+def test_what_lies_as_the_kernel_wants_it_is_saved_as_it_was(method, family, apart, tmp_path):
     model = tiny(family)
-    plan = pumice.sparsify(model, Contribution(sparsity=0.5), CALIBRATION, resume=False)
+    plan = pumice.sparsify(model, method(sparsity=0.5), CALIBRATION, resume=False)
     twin = fast(model, plan)
+    moved = {name.split(".")[-2] for name, parameter in twin.named_parameters() if not parameter.is_contiguous()}
+    assert moved == apart
     twin.save_pretrained(tmp_path)
     saved = dict(type(model).from_pretrained(tmp_path).named_parameters())
-    assert all(torch.equal(saved[name], parameter) for name, parameter in model.named_parameters())
-    moved = [name for name, parameter in twin.named_parameters() if not parameter.is_contiguous()]
-    assert moved or family == "gpt2"  # which stores `down` as the kernel reads it
+    save_model(twin, tmp_path / "one.safetensors")
+    torch.save(twin.state_dict(), tmp_path / "twin.pt")
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for found in (saved, load_file(tmp_path / "one.safetensors"), torch.load(tmp_path / "twin.pt")):
+        assert all(torch.equal(found[n], p) for n, p in model.named_parameters() if n in found) and len(found) > 10
+    assert (tmp_path / "twin.pt").stat().st_size < 1.1 * (tmp_path / "model.pt").stat().st_size
+
+
+def test_what_lies_between_other_rows_is_not_trained():
+    model = tiny("llama")
+    plan = pumice.sparsify(model, LowBit(sparsity=0.5), CALIBRATION, resume=False)
+    with pytest.raises(PumiceError, match="exec='reference'"):
+        fast(model, plan)(IDS, labels=IDS).loss.backward()
+    twin = plan.attach(model, exec="reference")
+    twin(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in twin.parameters())
+
+
+def test_tied_matrices_stay_tied():
+    model = tiny("llama")
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    second.up_proj.weight = first.up_proj.weight
+    plan = pumice.sparsify(model, LowBit(sparsity=0.5), CALIBRATION, resume=False)
+    twin = fast(model, plan)
+    assert twin.model.layers[0].mlp.up_proj.weight is twin.model.layers[1].mlp.up_proj.weight
+    torch.testing.assert_close(steps(twin), steps(pumice.attach(model, plan, exec="reference")), rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(9, 33), (1, 1), (17, 65), (64, 576)])
+def test_a_copy_holds_what_int4_does(shape):
+    matrix = torch.randn(shape)
+    copy = Copy.rounded(matrix)
+    assert torch.equal(copy.dense, Store.rounded(matrix, "int4").dense())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("beside", [1, 3])
+@pytest.mark.parametrize("d", [33, 40, 71])
+def test_nothing_behind_a_row_is_read(dtype, beside, d):
+    memory = torch.full((40 * beside * d,), float("nan")).to(dtype)
+    rows = memory.view(40, beside, d)[:, 0]
+    rows.copy_(torch.randn(40, d))
+    columns, x = torch.randn(40, d).to(dtype), torch.randn(2, d).to(dtype)
+    for near in ([], [Copy.rounded(rows)]):
+        product = SkipNeurons(Rows(weight=rows), None, columns, None, activation="relu", tau=0.0, near=near)
+        assert product(x).isfinite().all() and product.union > 0
+
+
+def test_copies_of_other_matrices_are_refused():
+    gate, columns = torch.randn(24, 64), torch.randn(24, 64)
+    for near in (Copy.rounded(torch.randn(16, 64)), Copy.rounded(torch.randn(24, 32))):
+        with pytest.raises(PumiceError, match="of the same matrices"):
+            SkipNeurons(Rows(weight=gate), None, columns, None, activation="relu", tau=0.0, near=[near])
 
 
 def test_a_mask_below_a_selection_is_applied_first():

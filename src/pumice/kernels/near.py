@@ -43,9 +43,8 @@ class Copy:
     @property
     def dense(self) -> Tensor:
         """fp32 [rows, columns]."""
-        nibbles = torch.stack([self.codes & 15, self.codes >> 4]).permute(
-            1, 4, 2, 3, 0, 5
-        )  # [rows/8, 8, groups, 4, 2, 4]
+        halves = torch.stack([self.codes & 15, self.codes >> 4], 3)  # [rows/8, groups, 4, 2, 8, 4]
+        nibbles = halves.permute(0, 4, 1, 2, 3, 5)  # [rows/8, 8, groups, 4, 2, 4]
         steps = self.scales.float().transpose(1, 2)[..., None]
         return ((nibbles.flatten(3).float() - 8) * steps).flatten(2).flatten(0, 1)[: self.rows, : self.columns]
 

@@ -70,7 +70,7 @@ def _struct(out: int, columns: int, kind: str, tensors: tuple[Tensor | None, ...
     if any(t is not None and (t.device.type != "cpu" or not t.is_contiguous()) for t in tensors):
         raise PumiceError("the CPU kernels read contiguous tensors in the CPU's memory.")
     values, bits, offsets, scales, bias = (None if t is None else t.data_ptr() for t in tensors)
-    stride = columns + columns % 2 * (kind == "int4")
+    stride = columns + columns % 2 * (kind == "int4")  # a row of nibbles begins at a byte
     return Matrix(out, columns, bits, values, offsets, scales, bias, KINDS[kind], stride)
 
 

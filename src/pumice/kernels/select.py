@@ -71,18 +71,19 @@ def planes_pay(out: int, columns: int, bits: tuple[int, ...], percent: int, rows
 
 
 @cache
-def neurons_pay(d: int, units: int, out: int, matrices: int, told: str | Net, percent: int, routed: bool, rows: int,
-                dtype: torch.dtype) -> bool:  # fmt: skip
+def neurons_pay(d: int, units: int, out: int, matrices: int, told: str | Net, percent: int, routed: bool, beside: int,
+                rows: int, dtype: torch.dtype) -> bool:  # fmt: skip
     """Whether an FFN that reads about `percent` % of its neurons is faster than the dense one.
 
     Which ones is told by its `first` matrix, read whole, by 4-bit `copies`, or by a net; `routed`: which the kernel
-    asks itself.
+    asks itself. `beside`: of how many matrices the rows of a neuron lie together.
     """
     if percent >= 100:
         return False
     by = f"{told} routed" if routed else told
-    key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{d}x{units}x{out}:{percent}%x{matrices} {by}/rows{rows}"
-    timed = partial(_time_neurons, d, units, out, matrices, told, percent, routed, rows, dtype)
+    shape = f"{d}x{units}x{out}:{percent}%x{matrices} {by}, {beside} together"
+    key = f"neurons{VERSION}/{_machine('cpu')}/{dtype}/{shape}/rows{rows}"
+    timed = partial(_time_neurons, d, units, out, matrices, told, percent, routed, beside, rows, dtype)
     return measured(key, timed)["speedup"] > 1.0
 
 
@@ -153,7 +154,7 @@ def _time_packed(out, columns, percent, rows, kind, transposed) -> dict:
 
 def _time_columns(out, units, percent, rows, dtype, block) -> dict:
     copies = max(2, min(64, SPREAD // (out * units * dtype.itemsize)))
-    columns = [torch.randn(units, out).to(dtype) for _ in range(copies)]
+    columns = [side_by_side([torch.randn(units, out).to(dtype)])[0] for _ in range(copies)]
     x = (torch.randn(rows, units) * (torch.rand(rows, units) * 100 < percent)).to(dtype)
     dense = [partial(F.linear, weight=matrix.T.contiguous()) for matrix in columns]  # as the model stores it
     largest = {"drop": block * (100 - percent) // 100, "block": block}
@@ -174,7 +175,7 @@ def _time_planes(out, columns, bits, percent, rows, dtype) -> dict:
     return _compared(dense, sparse, x, "planes_us")
 
 
-def _time_neurons(d, units, out, matrices, told, percent, routed, rows, dtype) -> dict:
+def _time_neurons(d, units, out, matrices, told, percent, routed, beside, rows, dtype) -> dict:
     copies = max(2, min(64, SPREAD // (d * units * matrices * dtype.itemsize)))
     x = torch.randn(rows, d).to(dtype)
     dense, sparse = [], []
@@ -190,10 +191,10 @@ def _time_neurons(d, units, out, matrices, told, percent, routed, rows, dtype) -
         tau = score.kthvalue(max(1, round(score.numel() * (1 - percent / 100)))).values.item()
         second = second if matrices > 2 else None
         dense.append(partial(_plain_ffn, first=first, second=second, down=columns.T.contiguous()))
-        read_whole = told == "first"
-        late = side_by_side([m for m in (None if read_whole else first, second, columns) if m is not None])
-        product = SkipNeurons(Rows(weight=first if read_whole else late[0]),
-                              None if second is None else Rows(weight=late[-2]), late[-1], None, activation="", tau=tau,
+        inside = [first] if second is None else [first, second]
+        *late, columns = side_by_side([*inside[len(inside) + 1 - beside :], columns])
+        inside = [Rows(weight=m) for m in [*inside[: len(inside) + 1 - beside], *late]]
+        product = SkipNeurons(inside[0], inside[1] if matrices > 2 else None, columns, None, activation="", tau=tau,
                               scored=False, near=near, router=router)  # fmt: skip
         told_later = isinstance(told, tuple) and not routed
         sparse.append(_after_net(product, told, units, percent, rows) if told_later else product)

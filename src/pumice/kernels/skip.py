@@ -22,7 +22,7 @@ from torch import Tensor
 from pumice.errors import PumiceError
 from pumice.kernels.cpu.library import Matrix, Units, library
 from pumice.kernels.near import Copy
-from pumice.kernels.ops import KINDS, MAX_ROWS, SPARE
+from pumice.kernels.ops import KINDS, MAX_ROWS
 
 ACTIVATIONS = ("", "silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2", "sigmoid", "tanh")
 STORED = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -90,7 +90,7 @@ class SkipColumns(_Skip):
         block = block or len(columns)
         if not 0 <= drop <= block or len(columns) % block:
             raise PumiceError(f"of {len(columns)} columns in blocks of {block}, {drop} of each cannot be left out.")
-        down, weight = _down(columns, bias), None if weight is None else weight.float().contiguous()
+        down, weight = _rows(Rows(weight=columns, bias=bias)), None if weight is None else weight.float().contiguous()
         units = Units(down=_matrix(down), weight=pointer(weight), tau=tau, group=1, drop=drop, block=block)
         super().__init__(units, [down.weight, down.bias, weight], columns.shape[1], columns.dtype, isa)
 
@@ -107,10 +107,13 @@ class SkipNeurons(_Skip):
     def __init__(self, first: Rows, second: Rows | None, columns: Tensor, bias: Tensor | None, *, activation: str,
                  tau: float, weight: Tensor | None = None, scored: bool = True, first_is_gate: bool = True,
                  near: Sequence[Copy] = (), router: Rows | None = None, isa: Isa | None = None) -> None:  # fmt: skip
-        parts = [_rows(first), _rows(second), _down(columns, bias), _rows(router)]
+        parts = [_rows(part) for part in (first, second, Rows(weight=columns, bias=bias), router)]
         group = 1 if router is None else len(columns) // len(router.weight)
         if router is not None and group * len(router.weight) != len(columns):
             raise PumiceError(f"{len(router.weight)} groups of {len(columns)} neurons are not equal.")
+        ins = [tuple(part.weight.shape) for part in (first, second) if part is not None]
+        if near and (router is not None or [(copy.rows, copy.columns) for copy in near] != ins[: len(near)]):
+            raise PumiceError(f"copies that tell in place of a router are of the same matrices, {ins}.")
         weight = None if weight is None else weight.float().contiguous()
         units = Units(
             first=_matrix(parts[0]),
@@ -137,10 +140,11 @@ def side_by_side(matrices: Sequence[Tensor]) -> list[Tensor]:
     from three memories at 18 and 10, on small pages at 20 and 14 (one core of an EPYC).
     """
     (units, d), dtype, beside = matrices[0].shape, matrices[0].dtype, len(matrices) * matrices[0].shape[1]
-    area = _memory((units * beside + SPARE) * dtype.itemsize)
+    area = _memory(units * beside * dtype.itemsize)
     found = []
-    for at, matrix in enumerate(matrices):  # storages of their own, so that saving does not take them for tied
-        values = torch.frombuffer(area, dtype=dtype, offset=at * d * dtype.itemsize)
+    for at, matrix in enumerate(matrices):  # storages of their own: of one, `save_pretrained` takes them for tied
+        span, offset = (units - 1) * beside + d, at * d * dtype.itemsize
+        values = torch.frombuffer(area, dtype=dtype, count=span, offset=offset)
         found.append(values.as_strided((units, d), (beside, 1)).copy_(matrix.detach()))
     return found
 
@@ -149,7 +153,10 @@ def _memory(size: int) -> mmap.mmap | bytearray:
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux has it
     if advice is None or size < HUGE:
         return bytearray(size)
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise PumiceError(f"no memory for {size / 1e6:.0f} MB of weights as the CPU kernels read them.") from error
     with suppress(OSError):  # a kernel without them
         area.madvise(advice)
     return area
@@ -158,24 +165,9 @@ def _memory(size: int) -> mmap.mmap | bytearray:
 def _rows(part: Rows | None) -> Rows | None:
     if part is None:
         return None
-    whole = _down(part.weight, part.bias)
-    # the last load of eight may begin at the last column of the last row
-    if whole.weight.shape[1] % 8 and _behind(whole.weight) < SPARE:
-        return Rows(weight=side_by_side([whole.weight])[0], bias=whole.bias)
-    return whole
-
-
-def _down(columns: Tensor, bias: Tensor | None) -> Rows:
-    weight = columns.detach()
+    weight, bias = part.weight.detach(), part.bias
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     return Rows(weight=weight, bias=None if bias is None else bias.detach().float().contiguous())
-
-
-def _behind(matrix: Tensor) -> int:
-    """Values that its memory holds behind its last row."""
-    rows, columns = matrix.shape
-    end = matrix.storage_offset() + (rows - 1) * matrix.stride(0) + columns
-    return matrix.untyped_storage().nbytes() // matrix.itemsize - end
 
 
 def _matrix(part: Rows | None) -> Matrix:

@@ -119,8 +119,14 @@ def _install(model: nn.Module, runtime: Runtime) -> None:
         model.register_forward_pre_hook(runtime.before, with_kwargs=True)
         model.register_forward_hook(runtime.after, with_kwargs=True, always_call=True)
         model.__dict__["generate"] = functools.partial(generate, model, runtime)
+    model.register_state_dict_post_hook(_as_saved)
     runtime.arch = rerooted(arch, model)  # holding the model that it was made of would hold its weights
     model.__dict__["pumice"] = runtime
+
+
+def _as_saved(model: nn.Module, state: dict, prefix: str, _) -> None:
+    """What lies as a kernel reads it is saved as other models have it."""
+    state.update({name: t.contiguous() for name, t in state.items() if name.startswith(prefix) and torch.is_tensor(t)})
 
 
 def beside(forms: dict[str, Select], device: torch.device) -> dict[str, Select]:

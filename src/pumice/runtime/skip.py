@@ -124,12 +124,13 @@ def _neurons(site: Site, form: Select, modules: dict[str, nn.Module], copy, alwa
     down = site.matrix("down")
     shape, dtype = (site.matrix(tells).shape[1], site.units, down.shape[0]), down.dtype
     by = "copies" if copied else _net(score) if told else "first"
-    known = (len(site.parts), by, percent(1 - form.sparsity), routed)
+    late = list(site.in_roles) if copied or told else [role for role in site.in_roles if role != tells]
+    late = [*late, "down"] if all(_alone(site, role) for role in late) else ["down"]
+    known = (len(site.parts), by, percent(1 - form.sparsity), routed, len(late))
     pays = _yes if always else cache(lambda n: neurons_pay(*shape, *known, bucket(n), dtype))
     if not pays(1):
         return None
-    late = list(site.in_roles) if copied or told else [role for role in site.in_roles if role != tells]
-    laid_out = _laid_out(site, [*late, "down"], modules)
+    laid_out = _laid_out(site, late, modules)
 
     def rows(role: str) -> Rows:
         part, bias = site.parts[role], site.bias(role)
@@ -175,12 +176,7 @@ def _net(score: Predicted | Factored) -> Net:
 
 
 def _laid_out(site: Site, roles: list[str], modules: dict[str, nn.Module]) -> dict[str, Tensor]:
-    """The matrices of `roles` as [units, d], side by side; the modules' own parameters become views of them.
-
-    A matrix that shares its parameter with others, as halves of one, stays where it is, and the others with it: then it
-    is the consuming matrix alone that is laid out.
-    """
-    roles = roles if all(_alone(site, role) for role in roles) else [site.out_role]
+    """The matrices of `roles` as [units, d], side by side; the modules' own parameters become views of them."""
     views = {role: site.parts[role].view for role in roles}
     slots = {
         role: (modules[site.parts[role].module]._parameters, owner(view.parameter)[1]) for role, view in views.items()
@@ -194,18 +190,35 @@ def _laid_out(site: Site, roles: list[str], modules: dict[str, nn.Module]) -> di
         return matrices
     laid_out = dict(zip(roles, side_by_side(list(matrices.values())), strict=True))
     for role, (table, leaf) in slots.items():
-        stored = views[role].of(turned(role, laid_out[role]))
-        table[leaf] = nn.Parameter(stored, requires_grad=table[leaf].requires_grad)
+        stored = nn.Parameter(views[role].of(turned(role, laid_out[role])), requires_grad=table[leaf].requires_grad)
+        if stored.requires_grad and len(roles) > 1:
+            stored.register_post_accumulate_grad_hook(_no_training)
+        table[leaf] = stored
     return laid_out
 
 
+def _no_training(parameter: Tensor) -> None:
+    """torch's fused optimizers write on from a parameter's first number as if nothing lay between its rows."""
+    raise PumiceError(
+        "the weights of this model lie as the kernel of its plan reads them, and cannot be trained so. Attach the plan "
+        "with exec='reference' to train, or to take gradients of weights."
+    )
+
+
 def _alone(site: Site, role: str) -> bool:
-    """Whether a matrix is a parameter of its own, with as many numbers for a unit as the one that reads the units."""
+    """Whether an input matrix is a parameter of its own, with a row for each unit as long as a column of `down`.
+
+    One that is a half of a parameter, or tied to another, stays where it is.
+    """
     part, matrix = site.parts[role], site.matrix(role)
-    if role == site.out_role:
-        return True
-    shape = (site.units, site.matrix(site.out_role).shape[0])
-    return tuple(matrix.shape) == shape and (part.start, part.stride, part.width) == (0, 1, 1)
+    if (
+        tuple(matrix.shape) != tuple(site.matrix(site.out_role).T.shape)
+        or part.start
+        or (part.stride, part.width) != (1, 1)
+    ):
+        return False
+    parameter = site.root.get_parameter(part.view.parameter)
+    return sum(other is parameter for module in site.root.modules() for other in module._parameters.values()) == 1
 
 
 def _yes(rows: int) -> bool:

@@ -12,7 +12,7 @@ from pumice.sites import owner
 def tables(module: nn.Module) -> dict:
     """Copies of the tables of a module that a plan may change."""
     names = ("_parameters", "_modules", "_forward_pre_hooks", "_forward_hooks", "_forward_hooks_always_called")
-    names += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs")
+    names += ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_state_dict_hooks")
     return {name: module.__dict__[name].copy() for name in names}
 
 

@@ -83,6 +83,19 @@ inline __m256 plain(const void* values, int64_t at) {
     return from_int4(load32(static_cast<const uint8_t*>(values) + (at >> 1)));
 }
 
+// The last columns of a row, fewer than eight, with zeros behind them: what follows in memory may be anything, or nothing.
+template <int K>
+inline __m256 edge(const void* values, int64_t at, int64_t count) {
+    if constexpr (K == F32 || K == BF16) {
+        constexpr int64_t size = K == F32 ? 4 : 2;
+        alignas(32) char rest[8 * size] = {};
+        __builtin_memcpy(rest, static_cast<const char*>(values) + at * size, size_t(count * size));
+        return plain<K>(rest, 0);
+    } else {
+        return plain<K>(values, at);  // codes have spare memory behind them
+    }
+}
+
 inline float total(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -103,19 +116,19 @@ void rows(const Matrix& m, const float* x, float* y, int64_t first, int64_t last
         for (int r = 0; r < R; ++r)
             for (int c = 0; c < chains; ++c) sum[r][c] = _mm256_setzero_ps();
 
-        const auto step = [&](int64_t byte) __attribute__((always_inline)) {
+        const auto step = [&](int64_t byte, bool ends) __attribute__((always_inline)) {
             if constexpr (Packed) {
                 const unsigned mask = bits[byte];
                 const __m256 w = spread<K>(m.values, at, mask);
                 at += __builtin_popcount(mask);
                 return w;
             } else {
-                const __m256 w = plain<K>(m.values, at);
+                const __m256 w = ends && m.in % 8 ? edge<K>(m.values, at, m.in % 8) : plain<K>(m.values, at);
                 at += 8;
                 return w;
             }
         };
-        const auto group = [&](int64_t g, int64_t steps) __attribute__((always_inline)) {
+        const auto group = [&](int64_t g, int64_t steps, bool ends) __attribute__((always_inline)) {
             // the pointer's steps depend on data, so the processor's own prefetch falls behind: a fifth of fp32's time
             if constexpr (Packed && K != INT4) {
                 constexpr int64_t size = K == F32 ? 4 : K == BF16 ? 2 : 1;
@@ -126,7 +139,7 @@ void rows(const Matrix& m, const float* x, float* y, int64_t first, int64_t last
             __m256 part[R][2];
             for (int r = 0; r < R; ++r) part[r][0] = part[r][1] = _mm256_setzero_ps();
             for (int64_t i = 0; i < steps; ++i) {
-                const __m256 w = step(4 * g + i);
+                const __m256 w = step(4 * g + i, ends && i + 1 == steps);
                 for (int r = 0; r < R; ++r) {
                     const __m256 column = _mm256_loadu_ps(x + r * width + GROUP * g + 8 * i);
                     if constexpr (scaled) part[r][i & 1] = _mm256_fmadd_ps(w, column, part[r][i & 1]);
@@ -139,8 +152,8 @@ void rows(const Matrix& m, const float* x, float* y, int64_t first, int64_t last
                     sum[r][0] = _mm256_fmadd_ps(scale, _mm256_add_ps(part[r][0], part[r][1]), sum[r][0]);
             }
         };
-        for (int64_t g = 0; g < full; ++g) group(g, 4);
-        if (const int64_t rest = stride - 4 * full) group(full, rest);
+        for (int64_t g = 0; g < full; ++g) group(g, 4, false);
+        if (const int64_t rest = stride - 4 * full) group(full, rest, true);
         for (int r = 0; r < R; ++r) {
             __m256 all = sum[r][0];
             for (int c = 1; c < chains; ++c) all = _mm256_add_ps(all, sum[r][c]);
@@ -209,17 +222,21 @@ struct Pair {
 template <int K>
 inline Pair turned(Pair p) {  // into the order of a row of weights, and back
     if constexpr (K == F32) return p;
-    return {_mm256_permute2f128_ps(p.low, p.high, 0x20), _mm256_permute2f128_ps(p.low, p.high, 0x31)};
+    else return {_mm256_permute2f128_ps(p.low, p.high, 0x20), _mm256_permute2f128_ps(p.low, p.high, 0x31)};
 }
 
 inline Pair pair(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
 
 template <int K>
 inline Pair weights(const char* row, int64_t j) {
-    if constexpr (K == F32) return pair(reinterpret_cast<const float*>(row) + j);
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const uint16_t*>(row) + j));
-    const __m256i zero = _mm256_setzero_si256();
-    return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, v)), _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, v))};
+    if constexpr (K == F32) {
+        return pair(reinterpret_cast<const float*>(row) + j);
+    } else {
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(reinterpret_cast<const uint16_t*>(row) + j));
+        const __m256i zero = _mm256_setzero_si256();
+        return {_mm256_castsi256_ps(_mm256_unpacklo_epi16(zero, v)),
+                _mm256_castsi256_ps(_mm256_unpackhi_epi16(zero, v))};
+    }
 }
 
 // N rows of the list, of which `count` are wanted, by R rows of x.
@@ -244,7 +261,10 @@ void tile(const Matrix& m, const float* x, float* y, const int32_t* list, int co
     for (; j < m.in; j += 8)
         for (int r = 0; r < R; ++r) {
             const __m256 column = _mm256_loadu_ps(x + r * width + j);
-            for (int k = 0; k < N; ++k) sum[k][r] = _mm256_fmadd_ps(plain<K>(rows[k], j), column, sum[k][r]);
+            for (int k = 0; k < N; ++k) {
+                const __m256 w = m.in - j < 8 ? edge<K>(rows[k], j, m.in - j) : plain<K>(rows[k], j);
+                sum[k][r] = _mm256_fmadd_ps(w, column, sum[k][r]);
+            }
         }
     for (int k = 0; k < count; ++k)
         for (int r = 0; r < R; ++r) y[r * m.out + list[k]] = total(sum[k][r]);
