@@ -9,7 +9,8 @@ largest level within the rise is looked for down to 0.01. What is dropped is cou
 
 Expected: cett above contribution, since its layers may differ; both far above cats, whose gate tells less. Found on the
 ReLU model of `relu_model.py` (--width 256 --layers 6 --epochs 6): cett drops 0.94 of the neurons, the others 0.91,
-since without a gate CATS goes by what a neuron gives. Models with a gate are to be measured.
+since without a gate CATS goes by what a neuron gives. On SmolLM2 contribution drops 0.39, cett 0.30 and CATS 0.17: the
+gate tells less than half as much, and an error that is the same in every layer is not the best use of the loss there.
 """
 
 from __future__ import annotations
