@@ -11,8 +11,9 @@ class PumiceError(Exception):
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> PumiceError:
-    """«Unknown method 'wnada'. Did you mean 'wanda'?» with all the names after it."""
+    """«Unknown method 'wnada'. Did you mean 'wanda'?» with all the names after it, if they can be read."""
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=2)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    return PumiceError(f"Unknown {what} {name!r}.{hint} Known: {', '.join(known)}.")
+    names = ", ".join(known) if len(known) <= 100 else f"{len(known)} of them"
+    return PumiceError(f"Unknown {what} {name!r}.{hint} Known: {names}.")

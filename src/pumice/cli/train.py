@@ -41,6 +41,8 @@ def show(found, model: str, out: str, saved: str, as_json: bool) -> None:
     from rich.table import Table
 
     from pumice.eval.perplexity import paired_ratio
+    from pumice.plan import Plan
+    from pumice.runtime.attach import check_recall
 
     trained = "trained" if found.sparse is None else "trained, dense"
     rows = {"before training": found.before, trained: found.dense, "trained, sparse": found.sparse}
@@ -72,4 +74,8 @@ def show(found, model: str, out: str, saved: str, as_json: bool) -> None:
     if not low <= 1.0:
         what = "" if found.plan is None else ", or ask for a lower sparsity"
         page.print(f"It is worse than the dense model before training: train it longer (--steps){what}.")
+    try:
+        check_recall(found.plan or Plan())
+    except PumiceError as error:
+        return page.print(f"Saved, but no command runs it: {error}")
     page.print(f"Next: pumice bench {out}    pumice eval {out}    pumice generate {out}")

@@ -48,6 +48,11 @@ def agreement(dense: nn.Module, sparse: nn.Module, windows: Windows, *, prompt: 
         one = dense(ids, use_cache=False).logits[0, (prompt or 1) - 1 : -1]
         with runtime.phase(prompt) if runtime is not None else nullcontext():
             other = sparse(ids, use_cache=False).logits[0, (prompt or 1) - 1 : -1]
+        if one.shape[-1] != other.shape[-1]:
+            raise PumiceError(
+                f"the models have {one.shape[-1]} and {other.shape[-1]} tokens in their vocabularies and cannot be "
+                "compared token by token. Compare with the model that this one was made of."
+            )
         divergences.append(divergence(one, other).mean().item())
         sames.append((one.argmax(-1) == other.argmax(-1)).float().mean().item())
     count = len(divergences)

@@ -108,10 +108,12 @@ class Runtime:
 
     @property
     def net_bytes(self) -> int:
-        """Of the nets that tell what runs, a token: of one whose choice holds for several its share."""
+        """Of what tells what runs, a token: nets, of one whose choice holds for several its share, and copies."""
         shared = sum(net.bytes / net.form.every for net in self.nets if net.form.every)
         own = [(form.score.bytes, form.every) for form in self.plan.select.values() if hasattr(form.score, "bytes")]
-        return round(shared + sum(size / every for size, every in own if every))
+        masked = (s for s in self.selections.values() if isinstance(s, TokenSelection) and not s.skipped)
+        copies = sum(s.seen.copied(role) for s in masked for role in s.site.in_roles)  # a kernel counts its own
+        return round(shared + sum(size / every for size, every in own if every) + copies)
 
     # ---- hooks of the whole model -----------------------------------------------------------------------------------
 
