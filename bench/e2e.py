@@ -146,6 +146,8 @@ def fill(options: argparse.Namespace, data: dict, path: Path) -> None:
     protocol = {"steps": options.steps, "batch": options.batch, "pairs": len(pairs), "prompts": len(prompts)}
     if data.get("protocol", protocol) != protocol:
         raise SystemExit(f"{path} holds rows of {data['protocol']}: remove it, or ask for the same.")
+    if any(row["device"] != options.device for row in data["rows"].values()):
+        raise SystemExit(f"{path} holds rows of another device, which trained in other numbers: give --name.")
     data |= {"protocol": protocol, "machine": machine()}
 
     def keep(key: str, model, plan, more: dict) -> None:
