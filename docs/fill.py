@@ -153,8 +153,9 @@ def _contextual(name: str) -> list[str]:
                 texts = f"calibrated on stories that its teacher told, {windows} windows of 512 of real ones"
             title = (
                 f"`python bench/contextual.py`: {model}, {texts}; dense {found['perplexity']:.2f}. Bytes "
-                "are of the FFN, in 16 bits a weight or (`native`) in the codes that it was stored in; the number behind "
-                "a row's name is the share of them that was asked for. KL to dense and same token on 16 of the windows."
+                "are of the FFN, in 16 bits a weight or (`native`) in the codes that it was stored in; the number "
+                "behind a row's name is the share of them that was asked for. KL to dense and same token on 16 of the "
+                "windows."
             )
             if gpus := {row["gpu"] for row in rows.values() if "gpu" in row}:
                 some = "" if all("gpu" in row for row in rows.values()) else ", some rows on a CPU"
