@@ -19,7 +19,8 @@ by η, is 17 points behind; LTE as it is now is to be measured there. In the smo
 copies trained with their plan are 0.11 of perplexity behind dense training and not surely apart from it in ROUGE-L, as
 expected of LTE, which is 1.6 and 6 points behind; CATS without training is between them, GRIFFIN far behind. A row that
 is added later is compared with the dense row that is there; `cats` and `griffin` are then of a dense model that is
-trained anew."""
+trained anew.
+"""
 
 from __future__ import annotations
 

@@ -18,7 +18,8 @@ are read, over the rate at which torch sums a large array in the same turns: thi
 Three quarters of that bandwidth were asked for at 7B shapes and a half. Found there on one core of an EPYC: 0.84 to
 0.93 in fp32 (0.80 with the attention's dense products; torch's dense FFN has 0.75) and 0.74 to 0.82 in bf16 (0.55 with
 attention, torch's dense FFN 0.40) while memory gave 25 GB/s, 0.76 to 0.82 and 0.63 to 0.71 while it gave 31. Rows of
-576 are too short for as much: 0.56 to 0.81 in fp32 and 0.29 to 0.57 in bf16."""
+576 are too short for as much: 0.56 to 0.81 in fp32 and 0.29 to 0.57 in bf16.
+"""
 
 from __future__ import annotations
 
