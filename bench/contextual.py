@@ -26,6 +26,10 @@ and the same in the codes that the model was stored in (`native`), where CATS at
     cats              gate whole, live rows of `up`, the scales of `down` (32 neurons share one) and its live columns
     teal, planes      all scales; the codes of live columns, or the planes of them that are read
 
+`heads` are rows in which a third of the KV groups rests and the FFN is whole (`bytes` are of the attention's matrices,
+of which the output's columns alone are spared), or rests beside the neurons that the row of that name leaves out; the
+criteria of a head's channels compare tokens, so they choose for 128 at once, and `plainact` does so beside them.
+
 `planes` at half of the FFN's bytes too, and dense with the FFN rounded to formats that a user could take in its place:
 of Q3_K `down` alone, since rows of 576 and 640 hold no whole blocks of 256 and llama.cpp takes IQ4_NL for them.
 lowbit and contribution add the mean of what is dropped, which CATS as published does not; `cats, compensated` does.
@@ -106,6 +110,10 @@ CRITERIA = ("plainact", "l2_norm", "grad_norm", "fisher", "snip", "grasp", "nwot
 NETS = {"dejavu": ("dejavu", {}), "shadowllm, global": ("shadowllm", {"style": "global"})}
 NETS |= {"moefication": ("moefication", {})}
 NETS |= {f"shadowllm, {name}": ("shadowllm", {"style": "layer", "criterion": name}) for name in CRITERIA}
+SPANS = ("plainact", "jacov", "epenas")  # of heads, for so many tokens at once
+HEADS = {"dejavu, heads": ("dejavu", {}), "shadowllm, heads": ("shadowllm", {})}
+HEADS |= {f"shadowllm, {name}, heads of 128": ("shadowllm", {"criterion": name, "every": 128}) for name in SPANS}
+BESIDE = {f"{method}, heads too": (method, {"heads": 1 / 3, "recall": 0.0}) for method in ("dejavu", "shadowllm")}
 METHODS = {
     "cats": ("cats", {}),
     "cats, compensated": ("cats", {"compensate": True}),
@@ -120,16 +128,19 @@ METHODS = {
     "static, calibrated": ("static_topk", {}),
     "planes": ("planes", {"where": "*mlp*"}),
     **{name: (method, settings | {"recall": 0.0}) for name, (method, settings) in NETS.items()},
+    **{name: (method, settings | {"heads": 1 / 3, "recall": 0.0}) for name, (method, settings) in HEADS.items()},
+    **BESIDE,
 }
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """What a method reads of the FFNs' bytes: `whole` for every token, and of the live units' share `part`."""
+    """What a method reads of the bytes of a kind of site: `whole` for every token, of the live units' share `part`."""
 
     whole: float = 0.0
     part: float = 1.0
     code: float = 16.0  # bits of a weight, on average
+    kind: str = "ffn"
 
     def read(self, density: float) -> float:
         return self.whole + self.part * density
@@ -145,6 +156,19 @@ def native_bytes(method: str, name: str) -> Bytes:
     if method == "cats":
         return Bytes((code + scale + shared) / whole, (code + scale + down) / whole)
     return Bytes((2 * scale + shared) / whole, (2 * code + down) / whole, (2 * code + down) / 3)
+
+
+def bytes_of_heads(method: str, settings: dict, model) -> Bytes:
+    """Of the attention: all but the output projection is read whole, and the net that chooses."""
+    sites = detect(model).of_kind("heads")
+    d, units, layers = sites[0].matrix("q").shape[1], sites[0].units, len(sites)
+    attention = sum(site.matrix(role).numel() for site in sites for role in site.parts)
+    out = sum(site.matrix(site.out_role).numel() for site in sites) / attention
+    if method == "dejavu":
+        return Bytes(1 - out + d // 8 * (d + units) * layers / attention, out, kind="heads")
+    outputs, weights = d + units * (layers - 1), sum(parameter.numel() for parameter in model.parameters())
+    net = min(2048, int(SHARE * weights / outputs)) * outputs / attention / settings.get("every", 1)
+    return Bytes(1 - out + net + out / layers, out * (1 - 1 / layers), kind="heads")
 
 
 def bytes_of(method: str, model) -> Bytes:
@@ -196,7 +220,7 @@ def decoded(model, plan, text) -> dict:
 def solved(model, name: str, cost: Bytes, share: float, text) -> tuple[dict, Plan]:
     """What the method is asked for, and its plan."""
     method, more = METHODS[name]
-    sparsity = round(cost.sparsity(share), 4)
+    sparsity = round(cost.sparsity(share), 4) if cost.kind == "ffn" else 0.0
     asked = {"bits": round((1 - sparsity) * cost.code, 4)} if method == "planes" else {"sparsity": sparsity}
     if "where" in more:
         into = detect(model).of_kind("ffn")[0].parts["up"].module
@@ -212,8 +236,8 @@ def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> di
     twin.pumice.counting = True
     prompt = 1 if plan.per_prompt else None  # the first position, which is dense for the others too
     found = perplexity(twin, test, prompt=prompt)
-    densities = [selection.counter.density for selection in twin.pumice.selections.values()]
-    forms = [selection.form for selection in twin.pumice.selections.values()]
+    selections = [one for one in twin.pumice.selections.values() if one.site.kind in (cost.kind, "linear")]
+    densities, forms = [one.counter.density for one in selections], [one.form for one in selections]
     if method == "planes":  # of the bits that the model was stored in, whatever grid a matrix is read in
         densities = [one * sum(form.cut.bits) / cost.code for one, form in zip(densities, forms, strict=True)]
     density = statistics.mean(densities)
@@ -224,6 +248,7 @@ def run(model, name: str, cost: Bytes, share: float, text, test, on_tasks) -> di
     return {
         "method": name,
         "share": share,
+        **({"of": "the attention"} if cost.kind == "heads" else {}),
         **settings,
         "density": round(density, 4),
         "density_of_sites": [round(min(densities), 4), round(max(densities), 4)],
@@ -310,6 +335,7 @@ def table(data: dict) -> str:
         lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for row in sorted(model["rows"].values(), key=lambda row: (-row["share"], row["perplexity"])):
             bytes_read = "measure" if row["method"] == "contribution" else f"{row['bytes']:.3f}"
+            bytes_read += f" of {row['of']}" if "of" in row else ""
             low, high = row["ratio_to_dense"][1:]
             ratio = f"{row['ratio_to_dense'][0]:.3f} [{low:.3f}, {high:.3f}]"
             name = f"{row['method']} ({row['gpu']})" if "gpu" in row else row["method"]
@@ -336,7 +362,8 @@ def plot(data: dict) -> None:
     for name, model in data["models"].items():
         for key, row in model["rows"].items():
             of = "in the codes that it was stored in" if "native" in key else "in 16 bits a weight"
-            panels.setdefault((name, of), []).append(row)
+            if "heads" not in key:  # of one share each
+                panels.setdefault((name, of), []).append(row)
     panels = {key: rows for key, rows in panels.items() if len(rows) > 2}  # less is no picture
     methods = list(dict.fromkeys(row["method"] for rows in panels.values() for row in rows))
     colour = dict(zip(methods, pyplot.colormaps["tab20"].colors * 2, strict=False))
@@ -413,10 +440,12 @@ def main() -> None:
                 return against(scores_on_tasks(twin, tokenizer, options.tasks), dense)
 
         matrices = len(detect(model).of_kind("ffn")[0].parts)
-        costs = {method: bytes_of(METHODS[method][0], model) for method in METHODS if method != "planes"}
+        costs = {name: bytes_of(METHODS[name][0], model) for name in METHODS if name not in HEADS | {"planes": ()}}
         todo = [(f"{method} {share:.4g}", method, cost, share) for share in SHARES[matrices]
                 for method, cost in costs.items()
-                if 0 <= cost.sparsity(share) < 1 and (matrices == 3 or method != "countdown")]  # fmt: skip
+                if 0 <= cost.sparsity(share) < 1 and (matrices == 3 or method != "countdown")
+                and (method not in BESIDE or share == SHARES[matrices][0])]  # fmt: skip
+        todo += [(key, key, bytes_of_heads(*METHODS[key], model), 1.0) for key in HEADS]
         if (name := options.name or options.model) in NATIVE:
             share = native_bytes("cats", name).read(0.5)
             todo += [(f"{method} native", method, native_bytes(method, name), share) for method in ("planes", "teal")]

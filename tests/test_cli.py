@@ -213,6 +213,16 @@ def test_reference_and_fast_agree(sparse):
     assert (one["exec"], other["ran"]) == ("fast", "reference")
 
 
+def test_eval_beside_dense(model, sparse):
+    dense = pumice("eval", model, *TEXT, "--prompt", "16", "--json").json["perplexity"]
+    found = pumice("eval", sparse["griffin"], *TEXT, "--against", "base", "--json").json
+    assert found["dense_perplexity"] == pytest.approx(dense, rel=1e-6) and found["live"] == pytest.approx(0.5)
+    ratio, low, high = found["ratio_to_dense"]
+    assert ratio == pytest.approx(found["perplexity"] / dense, rel=1e-6) and low <= ratio <= high
+    said = pumice("eval", sparse["wanda"], *TEXT, "--against", model).out
+    assert "times it [" in said and "KL from dense" in said and "were live" not in said
+
+
 @pytest.mark.parametrize("which", ["method", "folder"])
 def test_bench(which, model, sparse):
     what = [model, "--method", "griffin"] if which == "method" else [sparse["griffin"]]
@@ -225,6 +235,10 @@ def test_bench(which, model, sparse):
 def test_methods_and_doctor():
     names = [card["name"] for card in pumice("methods", "--json").json["methods"]]
     assert METHODS.keys() <= set(names)
+    one = pumice("methods", "shadowllm")
+    assert "the fraction of KV groups removed, 0 … 1" in one.out and "The first layer runs dense" in one.out
+    assert pumice("methods", "wanda", "--json").json["name"] == "wanda"
+    assert "Did you mean 'wanda'" in refused("methods", "wnada")
     found = pumice("doctor", "--json").json
     assert found["cpu_kernels"].startswith(("avx2", "portable", "absent ("))
     assert found["pumice"] and isinstance(found["extras"]["llamacpp"], bool) and found["disk_free_GB"] > 0
@@ -287,6 +301,8 @@ WRONG = [
     ("--method griffin --select best", "'best'. Known: random, sample, topk, topk_sample"),
     ("--method griffin --batch shard", "'shard'. Did you mean 'shared'"),
     ("--method glass --weight 7", "glass.weight is"),
+    ("--method dejavu --recall 60", "dejavu.recall is the least share of what matters that a net has to find, between"),
+    ("--method cats --first -1", "cats.first is a number of tokens, 0 or more; got -1"),
     ("--method wanda --pattern 2-4", "pattern is 'row', 'free' or 'N:M'"),
     ("--method wanda --pattern 4:2", "pattern is 'row', 'free' or 'N:M'"),
     ("--method wanda --pattern 2:4 --sparsity 0.3", "removes exactly 0.5"),

@@ -24,6 +24,7 @@ from pumice.hub.packed import PackedLinear, packed_modules
 from pumice.hub.save import save, save_plan_only
 from pumice.hub.to_gguf import to_gguf
 from pumice.hub.to_packed import to_packed
+from pumice.plan import Plan
 from pumice.store import Store
 from test_cli import pumice as command
 from test_cli import refused
@@ -254,6 +255,16 @@ def test_a_plan_saved_alone_is_written_into_its_base(tokenizer, tmp_path):
     to_hf(open_source(tmp_path / "alone"), tmp_path / "out")
     ours, plain = load_file(sparse / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     assert all(torch.equal(ours[key], plain[key]) for key in ours)
+
+
+def test_what_was_trained_is_exported_without_its_choices(tokenizer, tmp_path):
+    model = tiny("llama")
+    save(model, tokenizer, Plan(recipe=[{"method": "lte"}], base={"name": "x", "trained_from": "y"}), tmp_path / "lte")
+    source = open_source(tmp_path / "lte")
+    assert "trained for lte" in source.notes[0] and "left out" in source.notes[0]
+    to_hf(source, tmp_path / "out")
+    again = load(tmp_path / "out")
+    assert again.plan is None and torch.equal(again.model.lm_head.weight, model.lm_head.weight)
 
 
 def test_what_cannot_be_exported_is_refused(tokenizer, tmp_path):

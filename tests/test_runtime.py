@@ -7,7 +7,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import oracle
 import pumice
@@ -16,6 +16,8 @@ from pumice.forms import Mask, PromptNorm, Select, Slim, Static, TopK
 from pumice.kernels.gather import gather_in
 from pumice.methods.prompt.griffin import Griffin
 from pumice.methods.static.magnitude import Magnitude
+from pumice.methods.static.width import Width
+from pumice.methods.token.cats import Cats
 from pumice.plan import Plan
 from pumice.sites import Part, Site, View
 from tiny import FAMILIES, tiny
@@ -553,6 +555,23 @@ def test_a_twin_shares_tensors_and_names_with_its_base(family):
     assert all(ours[name] is theirs[name] for name in theirs)
     assert list(twin.state_dict()) == list(model.state_dict())
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(twin.buffers(), model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("method", [Magnitude(), Griffin(), Cats()], ids=lambda m: m.name)
+def test_a_twin_is_saved_with_its_plan(method, tmp_path):
+    model = tiny("llama")
+    plan = pumice.sparsify(model, method, IDS, resume=False)
+    twin = pumice.attach(model, plan, kernels="always")
+    before = step_by_step(twin, IDS[:1], PROMPT)
+    twin.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in twin.named_parameters())
+    other = pumice.attach(again, Plan.load(tmp_path), kernels="always")
+    torch.testing.assert_close(step_by_step(other, IDS[:1], PROMPT), before)
+    assert len(repr(twin.pumice)) < 100
+    smaller = pumice.attach(model, pumice.sparsify(model, Width(score="magnitude")))
+    with pytest.raises(PumiceError, match="writes the smaller model"):
+        smaller.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "mixtral"])

@@ -509,6 +509,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_place(tmp_path):
         (lambda: Settings(batch=0), "batch is 1 or more"),
         (lambda: learnt(tiny("mixtral"), lte(), "never"), "modules of their own"),
         (lambda: learnt(tiny("llama"), lte(size=32), "never"), "no whole number of groups of 32"),
+        (lambda: learnt(tiny("llama"), lte(), "never", steps=1), "lte trains in 2 stages: give it 2 steps or more"),
         (lambda: pumice.sparsify(tiny("llama"), lte(), ROWS), "pumice train MODEL --method lte"),
     ],
 )
@@ -555,6 +556,8 @@ def test_the_command_trains_prints_and_saves(folder):
             folder / "own")  # fmt: skip
     assert "made on text of this source" in command("eval", folder / "own", *own, *given).out
     given = ["--method", "cats", "--window", "32", "--windows", "4", "--no-measure", "--out", folder / "again"]
+    over = command("train", folder / "model", "--window", "32", "--steps", "1", "--out", folder / "out")
+    assert over.code == 1 and "holds a model that was trained already" in over.err
     again = command("sparsify", folder / "out", *given)  # other methods start from what was trained
     assert again.code == 0 and "its weights are taken, without its plan" in again.err
     assert command("eval", folder / "again", "--windows", "2", "--window", "32").code == 0

@@ -124,7 +124,7 @@ class Plan:
             tensors = load_file(folder / TENSORS)
         except (OSError, SafetensorError) as error:
             raise PumiceError(
-                f"{folder / TENSORS} is truncated or missing ({error}). Make the plan again with `pumice sparsify`."
+                f"{folder / TENSORS} is truncated or missing ({error}). Make it again, as it was made."
             ) from error
 
         def get(key: str) -> Tensor:
@@ -147,7 +147,7 @@ class Plan:
             raise PumiceError(f"{folder / JSON}: {error}") from error
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PumiceError(
-                f"{folder / JSON} is damaged: it lacks or misspells {error}. Make it again with `pumice sparsify`."
+                f"{folder / JSON} is damaged: it lacks or misspells {error}. Make it again, as it was made."
             ) from error
 
 

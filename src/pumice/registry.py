@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
+from math import inf
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -18,6 +19,16 @@ WHEN = (
     "token",
     "train",
 )  # once for the weights, per prompt, per token; in training
+
+RANGES = {  # of settings that mean the same in every method that has them
+    "sparsity": ("the fraction removed", 0, 1),
+    "heads": ("the fraction of KV groups removed", 0, 1),
+    "recall": ("the least share of what matters that a net has to find", 0, 1),
+    "first": ("a number of tokens", 0, inf),
+    "rank": ("a number of columns", 0, inf),
+    "epochs": ("a number of passes", 0, inf),
+    "size": ("a number of neurons", 1, inf),
+}
 
 
 @dataclass(frozen=True)
@@ -55,12 +66,12 @@ def method(name: str, *, kinds: Sequence[str]) -> Callable[[type], type]:
 
 
 def _checked(then: Callable | None) -> Callable:
-    """A `__post_init__` that refuses a sparsity outside [0, 1], a word that its field's Literal does not list, and an
+    """A `__post_init__` that refuses a setting out of its range, a word that its field's Literal does not list, and an
     allocation that is misspelt."""
 
     def check(self) -> None:
-        if hasattr(self, "sparsity"):
-            _check_sparsity(self.name, self.sparsity)
+        for field in RANGES.keys() & {field.name for field in fields(self)}:
+            _check_range(f"{self.name}.{field}", getattr(self, field), *RANGES[field])
         if getattr(self, "allocation", "uniform") != "uniform":
             from pumice import recipe  # which imports this module
 
@@ -78,9 +89,10 @@ def _checked(then: Callable | None) -> Callable:
     return check
 
 
-def _check_sparsity(name: str, sparsity) -> None:
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0.0 <= sparsity <= 1.0:
-        raise PumiceError(f"{name}.sparsity is the fraction removed, between 0 and 1; got {sparsity!r}.")
+def _check_range(name: str, value, what: str, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        within = f"{least} or more" if most == inf else f"between {least} and {most}"
+        raise PumiceError(f"{name} is {what}, {within}; got {value!r}.")
 
 
 def methods() -> dict[str, Entry]:

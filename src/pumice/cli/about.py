@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
+import re
+
 from pumice.cli.say import emit, page, sheet
 
 
-def methods(as_json: bool, as_markdown: bool) -> None:
-    from pumice.report.methods import cards, markdown, table
+def methods(name: str | None, as_json: bool, as_markdown: bool) -> None:
+    from pumice.report.methods import cards, markdown, one, table
 
+    if name is not None:
+        card = one(name)
+        return emit(card.summary()) if as_json else _one(card)
     if as_json:
         emit({"methods": [card.summary() for card in cards()]})
     elif as_markdown:
         print(markdown())
     else:
         sheet.print(table())
+
+
+def _one(card) -> None:
+    from rich.table import Table
+
+    from pumice.report.methods import values
+
+    page.print(f"{card.name}, decided {card.decided}, of {' and '.join(card.kinds)}. {card.text}\n")
+    found = Table(box=None, pad_edge=False)
+    for column in ("setting", "default", "values"):
+        found.add_column(column, overflow="fold")
+    for setting, default, said in values(card.name):
+        found.add_row(f"--{setting.replace('_', '-')}", str(default), re.sub(r"`|\[|\]\(.*?\)", "", said))
+    sheet.print(found)
 
 
 def doctor(as_json: bool) -> None:

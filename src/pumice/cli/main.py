@@ -83,7 +83,7 @@ def sparsify(
     ] = None,
     memory: Annotated[float, typer.Option(min=0, help="GB of hidden states in memory; the rest lies in files")] = 4.0,
     stream: Annotated[bool, typer.Option("--stream", help="one block in memory: for models larger than it")] = False,
-    measure: Annotated[bool, typer.Option(help="end with dense and sparse side by side")] = True,
+    measure: Annotated[bool, typer.Option(help="end with dense and sparse side by side, on text of builtin")] = True,
     resume: Annotated[bool, typer.Option(help="go on where a killed run was")] = True,
     json: Json = False,
 ) -> None:
@@ -158,7 +158,8 @@ def evaluate(
         int | None, typer.Option(min=1, help="tokens of each window that are prompt; the rest is scored")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="base, or a dense MODEL: how often both say the same token, and the KL")
+        str | None,
+        typer.Option(help="base, or a dense MODEL: its perplexity, the ratio, KL, tokens that agree"),
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="tasks of lm-eval in place of perplexity, comma separated")] = None,
     include: Annotated[str | None, typer.Option(help="a folder with task files of your own")] = None,
@@ -283,15 +284,16 @@ def export(
     export(model, to, out, type=type, store=store, as_json=json)
 
 
-@app.command()
+@app.command(short_help="Every method with its settings, or one of them.")
 def methods(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, with the words of its page")] = None,
     json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="the table as it stands in the README")] = False,
 ) -> None:
-    """Every method with its settings and their defaults."""
+    """Every method with its settings and their defaults, or one of them."""
     from pumice.cli import about
 
-    about.methods(json, markdown)
+    about.methods(name, json, markdown)
 
 
 @app.command(short_help="This machine: versions, bandwidth, extras, places.")

@@ -75,6 +75,7 @@ def recipe_name(plan) -> str:
     for entry in plan.recipe:
         pattern, allocation = entry.get("pattern") or "", entry.get("allocation", "uniform")
         said = [entry["method"], f"{entry['sparsity']:g}" if "sparsity" in entry else ""]
+        said += [f"heads {entry['heads']:g}" if entry.get("heads") else ""]
         said += [pattern if ":" in pattern else "", allocation if allocation != "uniform" else ""]
         names.append(" ".join(filter(None, said)))
     return " + ".join(names)

@@ -142,15 +142,23 @@ def evaluate(
     if plan is not None and plan.per_prompt and prompt is None:
         prompt = text["window"] // 2
     runner = attach(loaded.model, plan, exec=execution) if plan is not None else loaded.model
+    if plan is not None:
+        runner.pumice.counting = True
     result = perplexity(runner, windows, prompt=prompt)
-    agreed = _agreement(loaded, plan, runner, against, windows, prompt, dtype, device)
+    live = runner.pumice.density if plan is not None and plan.select else None
+    compared = _beside_dense(loaded, plan, runner, result, against, windows, prompt, dtype, device)
     ran = how(runner) if plan is not None else how_alone(loaded.model)
     if as_json:
-        return emit({"model": model, **sparse_part(plan), **result.summary(), **(agreed.summary() if agreed else {}),
-                     "exec": execution, "ran": ran})  # fmt: skip
+        found = {"model": model, **sparse_part(plan), **({} if live is None else {"live": live}), **result.summary()}
+        return emit(found | compared | {"exec": execution, "ran": ran})
     page.print(f"perplexity {number(result.perplexity, result.standard_error)}   ({result.tokens} tokens scored)")
-    if agreed:
-        page.print(f"KL from dense {agreed.kl:.4f} nats; at {agreed.same:.1%} of the positions both say the same token")
+    if compared:
+        ratio, low, high = compared["ratio_to_dense"]
+        page.print(f"dense {number(compared['dense_perplexity'])}: {ratio:.3f} times it [{low:.3f}, {high:.3f}], 95 %")
+        page.print(f"KL from dense {compared['kl_to_dense']:.4f} nats; at {compared['same_token_as_dense']:.1%} of the "
+                   "positions both say the same token")  # fmt: skip
+    if live is not None:
+        page.print(f"{live:.1%} of the units were live where they were chosen")
     page.print(windows.describe() + f", {result.protocol['dtype']}")
     scored = (
         f"the first {prompt} tokens of each window are prompt, dense; the rest is scored" if prompt else "all scored"
@@ -164,19 +172,23 @@ def evaluate(
         )
 
 
-def _agreement(loaded, plan, runner, against: str | None, windows, prompt, dtype, device):
-    """With the dense model: the folder's own base where no weight was changed, else the one that is named."""
+def _beside_dense(loaded, plan, runner, result, against: str | None, windows, prompt, dtype, device) -> dict:
+    """The dense model's perplexity, and how far from it: of the folder's base if no weight changed, or as named."""
     from pumice.eval.agreement import agreement
+    from pumice.eval.perplexity import paired_ratio, perplexity
 
     if against is None:
-        return None
+        return {}
     if plan is None:
         raise PumiceError("--against compares a sparse folder with its dense base; this model is dense itself.")
     dense = loaded
     if plan.changes_weights or against != "base":
         dense, other = open_model(plan.base["name"] if against == "base" else against, dtype, device)
         refuse_sparse(against, other)
-    return agreement(dense.model, runner, windows, prompt=prompt)
+    agreed = agreement(dense.model, runner, windows, prompt=prompt)
+    alone = perplexity(dense.model, windows, prompt=prompt, title="perplexity: dense")
+    ratio = {"dense_perplexity": alone.perplexity, "ratio_to_dense": paired_ratio(result, alone)}
+    return ratio | agreed.summary()
 
 
 def bench(
@@ -190,6 +202,7 @@ def bench(
     check(text["data"])
     loaded, plan = open_model(model, dtype, device)
     if methods is not None and (is_plain(plan) or is_trained(plan)):
+        refuse_sparse(model, plan)  # says that a trained one's plan is left out
         plan = None
     elif is_plain(plan):  # dense is the model that it was made from
         loaded, _ = open_model(plan.base["name"], dtype, device)

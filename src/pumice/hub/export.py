@@ -55,6 +55,9 @@ def open_source(name: str | Path) -> Source:
         return Source(loaded=loaded)
     plan = Plan.load(loaded.plan)
     names = " + ".join(entry["method"] for entry in plan.recipe)
+    left_out = f"{len(plan.select)} sites choose units while the model runs; no file can hold that: left out"
+    if not plan.weights and "trained_from" in plan.base:
+        return Source(loaded=loaded, notes=[f"these weights were trained for {names}. {left_out}"])
     if not plan.weights:
         raise PumiceError(
             f"{name} ({names}) chooses its units while it runs and changes no weight: written as a file it would be "
@@ -68,10 +71,7 @@ def open_source(name: str | Path) -> Source:
         _check_zeros(name, arch, plan)
     else:
         _write_masks(name, loaded.model, arch, plan)
-    notes = []
-    if plan.select:
-        notes.append(f"{len(plan.select)} sites choose units while the model runs; no file can hold that: left out")
-    return Source(loaded=loaded, arch=arch, plan=plan, notes=notes)
+    return Source(loaded=loaded, arch=arch, plan=plan, notes=[left_out] if plan.select else [])
 
 
 def _check_zeros(name: str | Path, arch: Arch, plan: Plan) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import re
 import sys
 from dataclasses import dataclass, fields
@@ -28,6 +30,7 @@ class Card:
     decides: str  # static, prompt, token, or third party
     kinds: tuple[str, ...]
     about: str  # the first sentence of its module
+    text: str  # of its module and class
     settings: dict[str, Any]  # name -> default
     arxiv: str | None
 
@@ -53,6 +56,12 @@ def cards() -> list[Card]:
     return [_card(entry) for entry in registry.methods().values()]
 
 
+def one(name: str) -> Card:
+    """A method by its name; an unknown one is answered with the nearest."""
+    registry.get(name)
+    return _card(registry.methods()[name])
+
+
 def _card(entry: registry.Entry) -> Card:
     cls = entry.load()
     text = (sys.modules[cls.__module__].__doc__ or cls.__doc__ or "").strip()
@@ -62,6 +71,7 @@ def _card(entry: registry.Entry) -> Card:
         decides=entry.when,
         kinds=cls.kinds,
         about=about(text),
+        text="\n\n".join(filter(None, map(inspect.cleandoc, (text, cls.__dict__.get("__doc__") or "")))),
         settings={field.name: field.default for field in fields(cls)},
         arxiv=paper[1] if paper else None,
     )
@@ -92,7 +102,6 @@ def table() -> Table:
 
 
 VALUES = {
-    "sparsity": "the fraction removed, 0 … 1",
     "pattern": "`row`, `free`, or `N:M` with N kept of M",
     "allocation": "`uniform`, or how matrices [share the budget](../allocations.md)",
     "where": "a glob over names of sites, or `re:` and a regular expression",
@@ -100,16 +109,27 @@ VALUES = {
 KINDS = {float: "a number", int: "a whole number", bool: "`true` or `false`", str: "text"}
 
 
-def settings(name: str) -> str:
-    """The settings of one method as a Markdown table."""
+def values(name: str) -> list[tuple[str, Any, str]]:
+    """The settings of one method: each with its default and what it may be."""
     cls = registry.get(name)
-    hints = get_type_hints(cls)
-    lines = ["| setting | default | values |", "|---|---|---|"]
+    hints, found = get_type_hints(cls), []
     for field in fields(cls):
         choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
-        values = ", ".join(f"`{choice}`" for choice in choices) or VALUES.get(field.name)
-        lines.append(f"| `{field.name}` | `{field.default}` | {values or KINDS.get(type(field.default), '')} |")
-    return "\n".join(lines)
+        said = ", ".join(f"`{choice}`" for choice in choices) or VALUES.get(field.name) or _ranged(field.name)
+        found.append((field.name, field.default, said or KINDS.get(type(field.default), "")))
+    return found
+
+
+def _ranged(field: str) -> str:
+    """`a number of tokens, 0 or more`, of the settings that mean the same everywhere."""
+    what, least, most = registry.RANGES.get(field, ("", 0, 0))
+    return what and (f"{what}, {least} or more" if most == math.inf else f"{what}, {least} … {most}")
+
+
+def settings(name: str) -> str:
+    """The settings of one method as a Markdown table."""
+    lines = ["| setting | default | values |", "|---|---|---|"]
+    return "\n".join(lines + [f"| `{field}` | `{default}` | {said} |" for field, default, said in values(name)])
 
 
 def markdown() -> str:

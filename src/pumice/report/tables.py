@@ -83,12 +83,14 @@ def verdicts(rows: list[Row]) -> list[str]:
             f"{_list(formless)}: no speed. Fused experts, heads, small matrices and sets that "
             "differ from row to row have no faster form yet, so dense work is done and masked."
         )
-    slower = [row for row in rows if row.ran == "masked"]
-    if slower:
+    masked = [row for row in rows if row.ran == "masked"]
+    if masked:
         lines.append(
-            f"{_list(slower)}: no speed here. Gathered matrices were measured no faster than dense at these shapes, so "
-            "dense work is done and masked."
+            f"{_list(masked)}: no speed here. Reading the live units alone was measured no faster than dense at these "
+            "shapes, so dense work is done and masked."
         )
+    lines += [f"{row.name}: slower than dense, {row.speedup:.2f}×: what chooses is run for nothing."
+              for row in rows if row.ran.startswith("masked") and (row.speedup or 1) < 0.95]  # fmt: skip
     even = [row for row in rows if row.ran == "gathered" and row.speedup is not None and row.speedup < 1.05]
     if even:
         lines.append(

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,20 @@ def attach(model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measur
     twin = copy_tree(model)
     unpack(twin)
     _install(twin, Runtime(plan=plan, arch=arch, exec=exec, kernels=kernels))
+    twin.__dict__["save_pretrained"] = functools.partial(_save, twin)
     return twin
+
+
+def _save(twin: nn.Module, folder: str | Path, **settings) -> None:
+    """`save_pretrained` of a twin: a sparse folder, the plan beside the weights."""
+    runtime = twin.pumice
+    if runtime.slim:
+        raise PumiceError(
+            "this twin runs smaller matrices than it holds. `pumice.hub.save.save(model, tokenizer, plan, folder)` "
+            "writes the smaller model, from the model that the plan was attached to."
+        )
+    type(twin).save_pretrained(twin, folder, **settings)
+    runtime.plan.without_values().save(folder)
 
 
 @contextmanager
@@ -254,5 +268,5 @@ def check_recall(plan: Plan) -> None:
         raise PumiceError(
             f"the net of {worst} finds {found} of the units that matter on held-out text, and {asked} are asked for "
             f"({len(poor)} of {len(nets)} sites are below). Train it on more text or make it larger, lower the "
-            "sparsity, or run it all the same: make the plan with recall=0."
+            "sparsity, or run it all the same: --recall 0 (recall=0) when the plan is made."
         )

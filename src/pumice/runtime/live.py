@@ -29,7 +29,7 @@ Exec = Literal["reference", "fast"]
 _keys = itertools.count()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Runtime:
     """What the spliced modules of one attached plan share: the current step, the kernels in use, the counters."""
 
@@ -48,6 +48,10 @@ class Runtime:
     dense: dict[str, str] = field(default_factory=dict)  # masked sites that have none, and why
     key: int = field(default_factory=lambda: next(_keys))  # under which a cache holds this runtime's state
     arguments: tuple[str, ...] = ()  # of the model's forward
+
+    def __repr__(self) -> str:
+        names = " + ".join(entry.get("method", "?") for entry in self.plan.recipe) or "a plan"
+        return f"<Runtime of {names}: {len(self.plan.weights)} masks, {len(self.selections)} selections, {self.exec}>"
 
     @property
     def fast(self) -> bool:

@@ -25,7 +25,7 @@ from pumice.errors import PumiceError
 from pumice.eval.perplexity import Perplexity
 from pumice.hub.folder import check_target, replacing, same_permissions, told
 from pumice.hub.save import save
-from pumice.plan import Plan, fingerprint_model
+from pumice.plan import JSON, Plan, fingerprint_model, read_json
 from pumice.train.adapt import Adapt, Selecting
 from pumice.train.methods.lte import ROUTERS
 from pumice.train.score import parts, scored
@@ -93,7 +93,7 @@ def train(
     `file:PATH#prompt,answer`. A run that was killed goes on from its last checkpoint, in a hidden folder beside `out`
     that goes when all is written.
     """
-    settings, out = settings or Settings(), check_target(out)
+    settings, out = settings or Settings(), new_target(out)
     said = None if method is None else recipe.describe(method)
     text = lessons(data, tokenizer, window=window, seed=settings.seed)
     base = {"name": str(out), "trained_from": name or getattr(model, "name_or_path", "") or type(model).__name__}
@@ -141,6 +141,8 @@ class Fit:
         of_a_step = self.settings.batch * self.settings.accumulate * parallel.world()
         steps = self.settings.steps or max(1, round(self.settings.epochs * len(self.text.learn) / of_a_step))
         self.examples = steps * of_a_step
+        if steps < (least := len(self.stages)):
+            raise PumiceError(f"{self.method.name} trains in {least} stages: give it {least} steps or more.")
         parts = [max(1, round(steps * stage.share)) for stage in self.stages[:-1]]
         with adapted(self.model, self.arch, self.settings) as whole:
             for number, (stage, part) in enumerate(zip(self.stages, [*parts, max(1, steps - sum(parts))], strict=True)):
@@ -175,6 +177,14 @@ class Fit:
         twin.pumice.counting = True
         sparse = scored(twin, rows, prompts=prompts)
         return Trained(plan, self.before, dense, sparse, twin.pumice.density, tokens, long)
+
+
+def new_target(out: str | Path) -> Path:
+    """A place for what is trained: hours of other training are not written over."""
+    out = check_target(out)
+    if (out / JSON).exists() and "trained_from" in read_json(out).get("base", {}):
+        raise PumiceError(f"{out} holds a model that was trained already. Choose another folder, or remove it first.")
+    return out
 
 
 def say(text: str) -> None:

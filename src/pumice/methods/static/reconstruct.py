@@ -35,9 +35,9 @@ class Reconstruct:
     refines = True
 
     def __post_init__(self):
-        if self.epochs < 0 or not self.lr > 0 or self.rows < 1 or not 0 <= self.hold <= 0.5:
+        if not self.lr > 0 or self.rows < 1 or not 0 <= self.hold <= 0.5:
             raise PumiceError(
-                f"reconstruct: epochs >= 0, lr > 0, rows >= 1 and hold in 0 … 0.5; got epochs={self.epochs}, "
+                f"reconstruct: lr > 0, rows >= 1 and hold in 0 … 0.5; got "
                 f"lr={self.lr}, rows={self.rows}, hold={self.hold}."
             )
 

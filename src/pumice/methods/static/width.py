@@ -38,8 +38,8 @@ class Width:
     slims = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.heads, bool) or not 0.0 <= self.heads < 1.0:
-            raise PumiceError(f"width.heads is the fraction of KV groups removed, from 0 to below 1; got {self.heads}.")
+        if self.heads == 1:
+            raise PumiceError("width.heads has to leave a KV group: it is below 1.")
         if self.multiple < 1:
             raise PumiceError(f"width.multiple is a whole number from 1 on; got {self.multiple}.")
 

@@ -11,7 +11,6 @@ from typing import Literal
 from pumice.calib.fit import fit, fresh, scored, split, weighted_bce
 from pumice.calib.recall import judged, needed_units
 from pumice.calib.stats import Entries, Inputs, SiteStats
-from pumice.errors import PumiceError
 from pumice.forms import Select, Threshold, TopK
 from pumice.registry import method
 from pumice.sites import Site
@@ -31,12 +30,6 @@ class DejaVu:
     lr: float = 1e-3
     seed: int = 0
     needs = (Entries, Inputs)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.heads, bool) or not 0.0 <= self.heads <= 1.0:
-            raise PumiceError(f"dejavu.heads is the fraction of KV groups removed, from 0 to 1; got {self.heads!r}.")
-        if self.rank < 0 or self.epochs < 1:
-            raise PumiceError(f"dejavu.rank is 0 or more and epochs 1 or more; got {self.rank} and {self.epochs}.")
 
     def solve(self, site: Site, stats: SiteStats) -> Select | None:
         sparsity = self.sparsity if site.kind == "ffn" else self.heads

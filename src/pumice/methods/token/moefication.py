@@ -19,7 +19,6 @@ from pumice.calib.groups import balanced, check_size, drawn, means
 from pumice.calib.recall import judged
 from pumice.calib.stats import Entries, Inputs, SiteStats
 from pumice.calib.units import weights_of_unit
-from pumice.errors import PumiceError
 from pumice.forms import Magnitude, Predicted, Select, Tokens, TopK
 from pumice.registry import method
 from pumice.sites import Site
@@ -42,10 +41,6 @@ class MoEfication:
     lr: float = 0.01
     seed: int = 0
     needs = (Entries, Inputs)
-
-    def __post_init__(self) -> None:
-        if self.size < 1 or self.epochs < 1:
-            raise PumiceError(f"moefication.size and epochs are 1 or more; got {self.size} and {self.epochs}.")
 
     def solve(self, site: Site, stats: SiteStats) -> Select | None:
         if site.expert is not None:

@@ -58,9 +58,7 @@ class ShadowLLM:
     def __post_init__(self) -> None:
         if self.criterion not in OF_NEURONS and self.sparsity:
             raise PumiceError(f"{self.criterion} compares the channels of a head: give sparsity=0 and `heads` with it.")
-        if isinstance(self.heads, bool) or not 0.0 <= self.heads <= 1.0:
-            raise PumiceError(f"shadowllm.heads is the fraction of KV groups removed, from 0 to 1; got {self.heads!r}.")
-        for name, least in (("every", 0), ("group", 1), ("hidden", 0), ("epochs", 1)):
+        for name, least in (("every", 0), ("group", 1), ("hidden", 0)):
             if getattr(self, name) < least:
                 raise PumiceError(f"shadowllm.{name} is {least} or more; got {getattr(self, name)}.")
 
@@ -78,6 +76,8 @@ class ShadowLLM:
             why = f"this model has no {asked} after the first layer that a net can tell (fused experts are none)"
             why = why if asked else "give sparsity (neurons) or heads (KV groups) above 0"
             raise PumiceError(f"shadowllm has nothing to choose: {why}.")
+        if other := {self.size(site) for site in chosen.get("ffn", [])} - {self.group}:
+            work.notes.append(f"{min(other)} neurons are chosen together: {self.group} do not divide those of a layer")
         fused = sum(site.expert is not None for site in work.sites)
         if fused:
             work.notes.append(f"{fused} fused experts run whole: no net can tell them yet")

@@ -26,10 +26,6 @@ class Svd:
     first: int = 1  # tokens at the start of a sequence that stay dense
     needs = (Entries,)
 
-    def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise PumiceError(f"svd.rank is 0 or more; got {self.rank}.")
-
     def solve(self, site: Site, stats: SiteStats) -> Select:
         if not site.activation or site.expert is not None:
             raise PumiceError(f"{site.name} computes something else than act(gate x)·up x: svd cannot factor it.")

@@ -55,7 +55,7 @@ class LTE:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"size": 1, "efficiency": 0, "separability": 0, "distill": 0}
+        least = {"efficiency": 0, "separability": 0, "distill": 0}
         for name, low in least.items():
             if getattr(self, name) < low:
                 raise PumiceError(f"lte.{name} is {low} or more; got {getattr(self, name)}.")
