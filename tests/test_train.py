@@ -5,10 +5,12 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import pumice
@@ -507,6 +509,7 @@ def test_a_loss_that_is_no_number_stops_with_the_step_and_the_place(tmp_path):
         (lambda: learnt(tiny("llama"), QSparse(block=4, sparsity=0.2), "never"), "of 4 channels is none"),
         (lambda: Settings(lr=0.0), "lr is above 0"),
         (lambda: Settings(batch=0), "batch is 1 or more"),
+        (lambda: learnt(tiny("llama"), None, "never", fsdp=True), "--fsdp needs several processes"),
         (lambda: learnt(tiny("mixtral"), lte(), "never"), "modules of their own"),
         (lambda: learnt(tiny("llama"), lte(size=32), "never"), "no whole number of groups of 32"),
         (lambda: learnt(tiny("llama"), lte(), "never", steps=1), "lte trains in 2 stages: give it 2 steps or more"),
@@ -540,6 +543,27 @@ def test_two_processes_train_as_one_with_their_batches_together(folder):
     assert one.json["tokens"] == two["tokens"]
     for name in ("trained_dense", "trained_sparse", "active_on_held_out"):
         assert two[name] == pytest.approx(one.json[name], rel=1e-4), name
+
+
+@pytest.mark.parametrize("method", [["lte", "--size", "4", "--soft", "0.4", "--lora", "2"], ["cats"]])
+def test_shards_train_as_the_whole_does_and_go_on_after_a_kill(method, folder):
+    given = ["train", folder / "model", "--method", *method, "--window", "64", "--steps", "5", "--lr", "1e-3"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += [Path(__file__).with_name("fsdp_on_cpus.py"), *given, "--batch", "2", "--fsdp", "--save-every", "1"]
+    launch += ["--out", folder / "two", "--json"]
+    for kill in ("4", "10000"):
+        done = subprocess.run(launch, capture_output=True, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1", "KILL": kill})  # fmt: skip
+    assert done.returncode == 0 and "going on after step" in done.stderr, done.stderr
+    one = command(*given, "--batch", "4", "--out", folder / "one", "--json")
+    two = json.loads(done.stdout)
+    for name in ("trained_dense", "trained_sparse", "active_on_held_out"):
+        assert two[name] == pytest.approx(one.json[name], rel=1e-3), name
+    ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))
+    assert ours.keys() == theirs.keys() and json.loads((folder / "two/config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
+    assert command("eval", folder / "two", "--windows", "2", "--window", "32").code == 0
 
 
 def test_the_command_trains_prints_and_saves(folder):

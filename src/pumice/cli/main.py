@@ -126,6 +126,7 @@ def train(
     lr: Annotated[float, typer.Option(help="learning rate, at its highest")] = 5e-5,
     lora: Annotated[int, typer.Option(min=0, help="rank of LoRA adapters; 0: all weights are trained")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="forwards in bf16; weights stay fp32")] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="FSDP2: what trains is shared out among the GPUs")] = False,
     save_every: Annotated[int, typer.Option(min=0, help="steps between checkpoints; 0: ten in a stage")] = 0,
     report_to: Annotated[str, typer.Option(help="where transformers logs to: tensorboard, wandb, …")] = "none",
     seed: Seed = 0,
@@ -142,7 +143,7 @@ def train(
         raise typer.BadParameter(f"{context.args[0]} belongs to a --method: give one.")
     chosen = methods_from(method, None, context.args, flags=_flags(context), seed=seed) if method else []
     settings = {"epochs": epochs, "steps": steps, "batch": batch, "accumulate": accumulate, "lr": lr, "lora": lora}
-    settings |= {"bf16": bf16, "save_every": save_every, "report_to": report_to, "seed": seed}
+    settings |= {"bf16": bf16, "fsdp": fsdp, "save_every": save_every, "report_to": report_to, "seed": seed}
     run = {"settings": settings, "dtype": dtype, "device": device, "resume": resume, "as_json": json}
     train(model, chosen, data, out, window=window, **run)
 

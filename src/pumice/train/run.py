@@ -29,6 +29,7 @@ from pumice.plan import JSON, Plan, fingerprint_model, read_json
 from pumice.train.adapt import Adapt, Selecting
 from pumice.train.methods.lte import ROUTERS
 from pumice.train.score import parts, scored
+from pumice.train.shards import whole_afterwards
 from pumice.train.stage import Stage
 from pumice.train.text import Lessons, lessons, padded, windows_of
 from pumice.train.trainer import StageTrainer
@@ -48,6 +49,7 @@ class Settings:
     weight_decay: float = 0.0
     lora: int = 0  # rank of adapters on every linear layer; 0: all weights are trained
     bf16: bool = False  # forwards under autocast
+    fsdp: bool = False  # weights, gradients and the optimiser's state are shared out among the processes
     save_every: int = 0  # steps; 0: ten times a stage
     report_to: str = "none"
     seed: int = 0
@@ -98,6 +100,8 @@ def train(
     text = lessons(data, tokenizer, window=window, seed=settings.seed)
     base = {"name": str(out), "trained_from": name or getattr(model, "name_or_path", "") or type(model).__name__}
     stamp = _stamp(model, said, text, settings)
+    if settings.fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise PumiceError("--fsdp needs several processes: torchrun --nproc-per-node N -m pumice train … --fsdp.")
     parallel.place()
     with whole_or_unchanged(model):
         fit = Fit(model, method, text, settings)
@@ -151,7 +155,7 @@ class Fit:
                 if checkpoint is not None:
                     step = Path(checkpoint).name.rpartition("-")[2]
                     say(f"{stage.name}: going on after step {step} of {part}, from {work.folder}")
-                with stage.on(self.model, self.arch):
+                with stage.on(self.model, self.arch), whole_afterwards(trainer):
                     trainer.go(checkpoint)
 
     def plan(self) -> Plan | None:
@@ -239,13 +243,16 @@ class Work:
             data_seed=s.seed + number, save_steps=s.save_every or max(1, steps // 10), save_total_limit=2,
             logging_steps=max(1, steps // 20), report_to=s.report_to, run_name=f"{self.folder.name}-{stage.name}",
             remove_unused_columns=False, use_cpu=device.type == "cpu", dataloader_pin_memory=False,
-            use_cache=fit.model.config.use_cache,
+            use_cache=fit.model.config.use_cache, fsdp=s.fsdp or None,
         )  # fmt: skip
         arguments._n_gpu = 1  # hooks are of one model: the other devices of a machine are for torchrun
-        return StageTrainer(
+        trainer = StageTrainer(
             stage=stage, arch=fit.arch, bf16=s.bf16, model=whole, args=arguments, train_dataset=fit.text.learn,
             data_collator=padded, callbacks=list(stage.callbacks),
         )  # fmt: skip
+        if s.fsdp and not trainer.is_fsdp_enabled:  # accelerate would go on without a word, every process with it all
+            raise PumiceError("--fsdp is for accelerators, and this model is on the CPU: leave it out.")
+        return trainer
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -296,12 +303,15 @@ def adapted(model: nn.Module, arch: Arch, settings: Settings) -> Iterator[nn.Mod
                         modules_to_save=routers or None)  # fmt: skip
     whole = get_peft_model(model, config)
     whole.train()
+    ended = False
     try:
         yield whole
+        ended = True
     finally:
-        whole.merge_and_unload()
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in trained)
+        if ended or not settings.fsdp:  # of shards that others may not come to put together
+            whole.merge_and_unload()
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trained)
 
 
 def write(model: nn.Module, tokenizer, found: Trained, out: Path) -> None:

@@ -15,6 +15,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 
 from pumice.arch.detect import Arch
 from pumice.errors import PumiceError
+from pumice.train.shards import Shards
 from pumice.train.stage import Stage
 
 RAW = "parameters.safetensors"
@@ -33,6 +34,7 @@ class StageTrainer(Trainer):
         self.stage, self.arch, self.bf16 = stage, arch, bf16
         self.sums: dict[str, float] = {}
         self.forwards = 0
+        self.shards: Shards | None = None  # of a run that shards the model among processes
         for spoken in (PrinterCallback, ProgressCallback):  # they write to stdout
             self.remove_callback(spoken)
         self.callback_handler.callbacks.insert(0, Steering(self))  # before those that log what it adds
@@ -78,7 +80,9 @@ class StageTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not isinstance(self.model, PreTrainedModel) or self.is_fsdp_enabled:  # adapters, shards
+        if self.is_fsdp_enabled:  # whose weights are saved beside the optimiser's state
+            return None
+        if not isinstance(self.model, PreTrainedModel):  # adapters
             return super()._save(output_dir, state_dict)
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -110,6 +114,8 @@ class Steering(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": self.trainer.stage.state()}
 
     def on_train_begin(self, args, state, control, **_) -> None:
+        if self.trainer.shards is not None:
+            self.trainer.shards.free()
         kept = state.stateful_callbacks.get(type(self).__name__)
         if kept and state.global_step:
             self.trainer.stage.restore(kept["attributes"])

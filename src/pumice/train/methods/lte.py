@@ -156,7 +156,8 @@ class Routed(Stage):
     def on(self, model: nn.Module, arch: Arch) -> Iterator[None]:
         sites = neurons_of(arch, self.method)
         for router in self.routers.values():
-            router.requires_grad_(not self.hard or self.straight)
+            mine = getattr(router, "modules_to_save", router)  # peft keeps the untrained one beside it
+            mine.requires_grad_(not self.hard or self.straight)
         if self.earlier is not None:
             self.bias, self.earlier = self.earlier.bias, None
         with edited(sites, model, self.enter, self.edit):
