@@ -168,7 +168,10 @@ def _contextual(name: str) -> list[str]:
             for key, row in rows.items():
                 ratio, low, high = row["ratio_to_dense"]
                 read = "the measure" if name == "contribution" else f"{row['bytes']:.3f}"
-                cells.append([key, f"{row['sparsity']:.3f}", f"{row['density']:.3f}", read])
+                read += f" of {row['of']}" if "of" in row else ""
+                asked = [f"{row['sparsity']:.3f}"] if row["sparsity"] else []
+                asked += [f"heads {row['heads']:.3f}"] if "heads" in row else []
+                cells.append([key, ", ".join(asked), f"{row['density']:.3f}", read])
                 cells[-1] += [f"{row['perplexity']:.2f} ± {row['error']:.2f}", f"{ratio:.3f} [{low:.3f}, {high:.3f}]"]
                 cells[-1] += [f"{row['kl']:.3f}", f"{row['same_token']:.3f}"]
                 cells[-1] += [f"{row['faster']:.2f}×" if "faster" in row else ""] * bool(timed)
