@@ -545,8 +545,10 @@ def test_two_processes_train_as_one_with_their_batches_together(folder):
         assert two[name] == pytest.approx(one.json[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("method", [["lte", "--size", "4", "--soft", "0.4", "--lora", "2"], ["cats"]])
+@pytest.mark.parametrize("method", [["lte", "--size", "4", "--soft", "0.4", "--lora", "2"], ["lowbit"]])
 def test_shards_train_as_the_whole_does_and_go_on_after_a_kill(method, folder):
+    if method == ["lowbit"]:
+        tiny("llama", vocab_size=259, tie_word_embeddings=True).save_pretrained(folder / "model")
     given = ["train", folder / "model", "--method", *method, "--window", "64", "--steps", "5", "--lr", "1e-3"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     launch += [Path(__file__).with_name("fsdp_on_cpus.py"), *given, "--batch", "2", "--fsdp", "--save-every", "1"]
@@ -560,9 +562,10 @@ def test_shards_train_as_the_whole_does_and_go_on_after_a_kill(method, folder):
     for name in ("trained_dense", "trained_sparse", "active_on_held_out"):
         assert two[name] == pytest.approx(one.json[name], rel=1e-3), name
     ours, theirs = (load_file(folder / name / "model.safetensors") for name in ("one", "two"))
-    assert ours.keys() == theirs.keys() and json.loads((folder / "two/config.json").read_text())["architectures"] == [
-        "LlamaForCausalLM"
-    ]
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], atol=2e-4, rtol=1e-3)
+    assert json.loads((folder / "two/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     assert command("eval", folder / "two", "--windows", "2", "--window", "32").code == 0
 
 
@@ -581,7 +584,7 @@ def test_the_command_trains_prints_and_saves(folder):
     assert "made on text of this source" in command("eval", folder / "own", *own, *given).out
     given = ["--method", "cats", "--window", "32", "--windows", "4", "--no-measure", "--out", folder / "again"]
     over = command("train", folder / "model", "--window", "32", "--steps", "1", "--out", folder / "out")
-    assert over.code == 1 and "holds a model that was trained already" in over.err
+    assert over.code == 1 and "holds a model that was trained" in over.err
     again = command("sparsify", folder / "out", *given)  # other methods start from what was trained
     assert again.code == 0 and "its weights are taken, without its plan" in again.err
     assert command("eval", folder / "again", "--windows", "2", "--window", "32").code == 0

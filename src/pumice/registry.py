@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from importlib.metadata import entry_points
 from math import inf
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -20,13 +21,13 @@ WHEN = (
     "train",
 )  # once for the weights, per prompt, per token; in training
 
-RANGES = {  # of settings that mean the same in every method that has them
+RANGES = {  # of settings that mean the same in every method, but for those that a class names as `unranged`
     "sparsity": ("the fraction removed", 0, 1),
     "heads": ("the fraction of KV groups removed", 0, 1),
     "recall": ("the least share of what matters that a net has to find", 0, 1),
     "first": ("a number of tokens", 0, inf),
     "rank": ("a number of columns", 0, inf),
-    "epochs": ("a number of passes", 0, inf),
+    "epochs": ("a number of passes", 1, inf),
     "size": ("a number of neurons", 1, inf),
 }
 
@@ -70,8 +71,11 @@ def _checked(then: Callable | None) -> Callable:
     allocation that is misspelt."""
 
     def check(self) -> None:
-        for field in RANGES.keys() & {field.name for field in fields(self)}:
-            _check_range(f"{self.name}.{field}", getattr(self, field), *RANGES[field])
+        ranges = ranges_of(type(self))
+        for field in fields(self):
+            if field.name in ranges:
+                whole = isinstance(field.default, int)
+                _check_range(f"{self.name}.{field.name}", getattr(self, field.name), whole, *ranges[field.name])
         if getattr(self, "allocation", "uniform") != "uniform":
             from pumice import recipe  # which imports this module
 
@@ -89,8 +93,14 @@ def _checked(then: Callable | None) -> Callable:
     return check
 
 
-def _check_range(name: str, value, what: str, least: float, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+def ranges_of(cls: type) -> dict:
+    """What settings of a method mean, and between which numbers they lie."""
+    return {name: known for name, known in RANGES.items() if name not in getattr(cls, "unranged", ())}
+
+
+def _check_range(name: str, value, whole: bool, what: str, least: float, most: float) -> None:
+    kind = Integral if whole else Real
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most or value == inf:
         within = f"{least} or more" if most == inf else f"between {least} and {most}"
         raise PumiceError(f"{name} is {what}, {within}; got {value!r}.")
 

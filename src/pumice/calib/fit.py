@@ -46,7 +46,7 @@ def fit(
     steps = epochs * math.ceil(first / batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
-    best, found, waited = math.inf, {name: tensor.detach().clone() for name, tensor in parts.items()}, 0
+    best, found, waited = math.inf, parts, 0
 
     def scores(rows: Tensor) -> Tensor:
         given = x[rows].float()

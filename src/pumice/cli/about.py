@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
-
 from pumice.cli.say import emit, page, sheet
+from pumice.errors import PumiceError
 
 
 def methods(name: str | None, as_json: bool, as_markdown: bool) -> None:
     from pumice.report.methods import cards, markdown, one, table
 
+    if name is not None and as_markdown:
+        raise PumiceError("--markdown is the table of all methods: leave out the name.")
     if name is not None:
         card = one(name)
         return emit(card.summary()) if as_json else _one(card)
@@ -30,8 +31,8 @@ def _one(card) -> None:
     found = Table(box=None, pad_edge=False)
     for column in ("setting", "default", "values"):
         found.add_column(column, overflow="fold")
-    for setting, default, said in values(card.name):
-        found.add_row(f"--{setting.replace('_', '-')}", str(default), re.sub(r"`|\[|\]\(.*?\)", "", said))
+    for setting, default, choices, said in values(card.name):
+        found.add_row(f"--{setting.replace('_', '-')}", str(default), ", ".join(choices) or said)
     sheet.print(found)
 
 

@@ -287,7 +287,9 @@ def export(
 
 @app.command(short_help="Every method with its settings, or one of them.")
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="one method, with the words of its page")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="one method: its formula and its settings")
+    ] = None,
     json: Json = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="the table as it stands in the README")] = False,
 ) -> None:

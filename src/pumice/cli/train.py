@@ -14,13 +14,13 @@ def train(model: str, methods: list[Any], data: str, out: str, *, window: int, s
     from pumice.calib import parallel
     from pumice.calib.sources import check
     from pumice.eval.generation import examples
-    from pumice.hub.folder import occupied
-    from pumice.train.run import Settings, new_target, train
+    from pumice.hub.folder import check_target, occupied
+    from pumice.train.run import Settings, train
 
     if len(methods) > 1:
         raise PumiceError("a model is trained for one method at a time.")
     settings = Settings(**settings)
-    new_target(out)
+    check_target(out)
     replaced = occupied(out)
     if data.startswith("file:") and "," in data.partition("#")[2]:
         examples(data.removeprefix("file:"))  # what is wrong with the file is said before the model is loaded

@@ -154,7 +154,8 @@ def evaluate(
     page.print(f"perplexity {number(result.perplexity, result.standard_error)}   ({result.tokens} tokens scored)")
     if compared:
         ratio, low, high = compared["ratio_to_dense"]
-        page.print(f"dense {number(compared['dense_perplexity'])}: {ratio:.3f} times it [{low:.3f}, {high:.3f}], 95 %")
+        spread = f" [{low:.3f}, {high:.3f}], 95 %" if len(result.losses) > 1 else ""
+        page.print(f"dense {number(compared['dense_perplexity'])}: {ratio:.3f} times it{spread}")
         page.print(f"KL from dense {compared['kl_to_dense']:.4f} nats; at {compared['same_token_as_dense']:.1%} of the "
                    "positions both say the same token")  # fmt: skip
     if live is not None:
@@ -175,7 +176,7 @@ def evaluate(
 def _beside_dense(loaded, plan, runner, result, against: str | None, windows, prompt, dtype, device) -> dict:
     """The dense model's perplexity, and how far from it: of the folder's base if no weight changed, or as named."""
     from pumice.eval.agreement import agreement
-    from pumice.eval.perplexity import paired_ratio, perplexity
+    from pumice.eval.perplexity import combine, paired_ratio
 
     if against is None:
         return {}
@@ -183,10 +184,11 @@ def _beside_dense(loaded, plan, runner, result, against: str | None, windows, pr
         raise PumiceError("--against compares a sparse folder with its dense base; this model is dense itself.")
     dense = loaded
     if plan.changes_weights or against != "base":
-        dense, other = open_model(plan.base["name"] if against == "base" else against, dtype, device)
-        refuse_sparse(against, other)
+        name = plan.base.get("trained_from", plan.base["name"]) if against == "base" else against
+        dense, other = open_model(name, dtype, device)
+        refuse_sparse(name, other)
     agreed = agreement(dense.model, runner, windows, prompt=prompt)
-    alone = perplexity(dense.model, windows, prompt=prompt, title="perplexity: dense")
+    alone = combine(agreed.dense_losses, result.tokens, {})
     ratio = {"dense_perplexity": alone.perplexity, "ratio_to_dense": paired_ratio(result, alone)}
     return ratio | agreed.summary()
 

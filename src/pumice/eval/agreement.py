@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from pumice.calib.data import Windows
 from pumice.errors import PumiceError
+from pumice.eval.perplexity import mean_losses
 
 POSITIONS = 256  # compared at once: a vocabulary of 256,000 takes 262 MB for each of the two
 
@@ -28,6 +29,7 @@ class Agreement:
     same: float
     kl_windows: tuple[float, ...]
     same_windows: tuple[float, ...]
+    dense_losses: list[float]  # mean NLL of each window, nats a token
 
     def summary(self) -> dict:
         return {"kl_to_dense": self.kl, "same_token_as_dense": self.same}
@@ -42,7 +44,7 @@ def agreement(dense: nn.Module, sparse: nn.Module, windows: Windows, *, prompt: 
     runtime = getattr(sparse, "pumice", None)
     if prompt is None and runtime is not None and runtime.plan.per_prompt:
         raise PumiceError("this plan selects per prompt: say how many of the window's tokens are the prompt.")
-    divergences, sames = [], []
+    divergences, sames, losses = [], [], []
     for row in tqdm(windows.ids, desc="agreement with dense", unit="window", leave=False):
         ids = row[None].to(next(dense.parameters()).device)
         one = dense(ids, use_cache=False).logits[0, (prompt or 1) - 1 : -1]
@@ -53,11 +55,12 @@ def agreement(dense: nn.Module, sparse: nn.Module, windows: Windows, *, prompt: 
                 f"the models have {one.shape[-1]} and {other.shape[-1]} tokens in their vocabularies and cannot be "
                 "compared token by token. Compare with the model that this one was made of."
             )
+        losses += mean_losses(one[None], ids[:, prompt or 1 :])
         divergences.append(divergence(one, other).mean().item())
         sames.append((one.argmax(-1) == other.argmax(-1)).float().mean().item())
     count = len(divergences)
     return Agreement(kl=sum(divergences) / count, same=sum(sames) / count, kl_windows=tuple(divergences),
-                     same_windows=tuple(sames))  # fmt: skip
+                     same_windows=tuple(sames), dense_losses=losses)  # fmt: skip
 
 
 def divergence(one: Tensor, other: Tensor) -> Tensor:

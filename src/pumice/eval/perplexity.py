@@ -57,7 +57,7 @@ def perplexity(
             ids = ids.to(device)
             with runtime.phase(prompt) if runtime is not None else nullcontext():
                 logits = model(ids, use_cache=False).logits
-            losses += _losses(logits, ids, prompt or 1)
+            losses += mean_losses(logits[:, (prompt or 1) - 1 : -1], ids[:, prompt or 1 :])
             bar.update(len(ids))
     predicted = length - (prompt or 1)
     protocol = {
@@ -69,10 +69,9 @@ def perplexity(
     return combine(losses, predicted * len(losses), protocol)
 
 
-def _losses(logits: torch.Tensor, ids: torch.Tensor, first: int) -> list[float]:
-    """Mean NLL of the tokens first … T-1 of each row."""
-    pairs = zip(logits[:, first - 1 : -1], ids[:, first:], strict=True)
-    return [F.cross_entropy(row.float(), target).item() for row, target in pairs]
+def mean_losses(logits: torch.Tensor, targets: torch.Tensor) -> list[float]:
+    """Of logits [rows, tokens, vocabulary] and what came [rows, tokens]: the mean NLL of each row, nats a token."""
+    return [F.cross_entropy(row.float(), target).item() for row, target in zip(logits, targets, strict=True)]
 
 
 def combine(losses: list[float], tokens: int, protocol: dict) -> Perplexity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import uuid
@@ -24,7 +25,17 @@ def check_target(folder: str | Path) -> Path:
         raise PumiceError(
             f"{folder} is not empty and not a sparse model folder, so it is not replaced. Choose another."
         )
+    if _trained(folder):
+        raise PumiceError(f"{folder} holds a model that was trained. Choose another folder, or remove it first.")
     return folder
+
+
+def _trained(folder: Path) -> bool:
+    """Whether a folder's weights were trained: hours of work that no command makes again by itself."""
+    try:
+        return "trained_from" in json.loads((folder / MARK).read_text(encoding="utf-8"))["base"]
+    except (OSError, ValueError, LookupError, TypeError):  # none there, or damaged
+        return False
 
 
 def occupied(folder: str | Path) -> bool:

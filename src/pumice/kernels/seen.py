@@ -49,6 +49,10 @@ class Seen:
             self._made[role] = parameter, version, make()
         return self._made[role][2]
 
+    def forget(self) -> None:
+        """Make copies anew, whatever the versions say."""
+        self._made.clear()
+
     def copy(self, role: str) -> Near:
         """A matrix in 4 bits."""
         return self.made(role, lambda: Near.of(self.site, role))

@@ -102,34 +102,35 @@ def table() -> Table:
 
 
 VALUES = {
-    "pattern": "`row`, `free`, or `N:M` with N kept of M",
-    "allocation": "`uniform`, or how matrices [share the budget](../allocations.md)",
-    "where": "a glob over names of sites, or `re:` and a regular expression",
+    "pattern": "row, free, or N:M with N kept of M",
+    "allocation": "uniform, or how matrices share the budget",
+    "where": "a glob over names of sites, or re: and a regular expression",
 }
-KINDS = {float: "a number", int: "a whole number", bool: "`true` or `false`", str: "text"}
+KINDS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+LINKED = {"allocation": "uniform, or how matrices [share the budget](../allocations.md)"}
 
 
-def values(name: str) -> list[tuple[str, Any, str]]:
-    """The settings of one method: each with its default and what it may be."""
+def values(name: str) -> list[tuple[str, Any, tuple[str, ...], str]]:
+    """The settings of one method: each with its default, its choices if there are some, and what else it may be."""
     cls = registry.get(name)
-    hints, found = get_type_hints(cls), []
+    hints, ranges, found = get_type_hints(cls), registry.ranges_of(cls), []
     for field in fields(cls):
         choices = get_args(hints[field.name]) if get_origin(hints[field.name]) is Literal else ()
-        said = ", ".join(f"`{choice}`" for choice in choices) or VALUES.get(field.name) or _ranged(field.name)
-        found.append((field.name, field.default, said or KINDS.get(type(field.default), "")))
+        said = VALUES.get(field.name, KINDS.get(type(field.default), ""))
+        if field.name in ranges:
+            what, least, most = ranges[field.name]
+            said = f"{what}, {least} or more" if most == math.inf else f"{what}, {least} … {most}"
+        found.append((field.name, field.default, tuple(map(str, choices)), said))
     return found
-
-
-def _ranged(field: str) -> str:
-    """`a number of tokens, 0 or more`, of the settings that mean the same everywhere."""
-    what, least, most = registry.RANGES.get(field, ("", 0, 0))
-    return what and (f"{what}, {least} or more" if most == math.inf else f"{what}, {least} … {most}")
 
 
 def settings(name: str) -> str:
     """The settings of one method as a Markdown table."""
     lines = ["| setting | default | values |", "|---|---|---|"]
-    return "\n".join(lines + [f"| `{field}` | `{default}` | {said} |" for field, default, said in values(name)])
+    for field, default, choices, said in values(name):
+        cell = ", ".join(f"`{choice}`" for choice in choices) or LINKED.get(field, said)
+        lines.append(f"| `{field}` | `{default}` | {cell} |")
+    return "\n".join(lines)
 
 
 def markdown() -> str:

@@ -46,7 +46,7 @@ def attach(model: nn.Module, plan: Plan, *, exec: Exec = "fast", kernels="measur
     return twin
 
 
-def _save(twin: nn.Module, folder: str | Path, **settings) -> None:
+def _save(twin: nn.Module, save_directory: str | Path, is_main_process: bool = True, *args, **settings) -> None:
     """`save_pretrained` of a twin: a sparse folder, the plan beside the weights."""
     runtime = twin.pumice
     if runtime.slim:
@@ -54,8 +54,10 @@ def _save(twin: nn.Module, folder: str | Path, **settings) -> None:
             "this twin runs smaller matrices than it holds. `pumice.hub.save.save(model, tokenizer, plan, folder)` "
             "writes the smaller model, from the model that the plan was attached to."
         )
-    type(twin).save_pretrained(twin, folder, **settings)
-    runtime.plan.without_values().save(folder)
+    if is_main_process:  # first, so that it goes along where the folder is pushed to the hub
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        runtime.plan.without_values().save(save_directory)
+    type(twin).save_pretrained(twin, save_directory, is_main_process, *args, **settings)
 
 
 @contextmanager

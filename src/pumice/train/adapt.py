@@ -75,6 +75,10 @@ class Selecting(Stage):
             selection.counter = Counter()
         return {"active": active}
 
+    def stepped(self, numbers: dict[str, float]) -> None:
+        for selection in self.runtime.selections.values():  # of weights whose shards changed no version says so
+            selection.seen.forget()
+
     def before(self, inputs: dict[str, Tensor]) -> None:
         if self.plan.per_prompt:
             sizes = inputs["attention_mask"].sum(1).tolist()

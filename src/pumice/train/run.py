@@ -25,11 +25,11 @@ from pumice.errors import PumiceError
 from pumice.eval.perplexity import Perplexity
 from pumice.hub.folder import check_target, replacing, same_permissions, told
 from pumice.hub.save import save
-from pumice.plan import JSON, Plan, fingerprint_model, read_json
+from pumice.plan import Plan, fingerprint_model
+from pumice.train import shards
 from pumice.train.adapt import Adapt, Selecting
 from pumice.train.methods.lte import ROUTERS
 from pumice.train.score import parts, scored
-from pumice.train.shards import whole_afterwards
 from pumice.train.stage import Stage
 from pumice.train.text import Lessons, lessons, padded, windows_of
 from pumice.train.trainer import StageTrainer
@@ -49,7 +49,7 @@ class Settings:
     weight_decay: float = 0.0
     lora: int = 0  # rank of adapters on every linear layer; 0: all weights are trained
     bf16: bool = False  # forwards under autocast
-    fsdp: bool = False  # weights, gradients and the optimiser's state are shared out among the processes
+    fsdp: bool = False  # weights, gradients and the optimiser's state are sharded over the processes
     save_every: int = 0  # steps; 0: ten times a stage
     report_to: str = "none"
     seed: int = 0
@@ -95,13 +95,13 @@ def train(
     `file:PATH#prompt,answer`. A run that was killed goes on from its last checkpoint, in a hidden folder beside `out`
     that goes when all is written.
     """
-    settings, out = settings or Settings(), new_target(out)
+    settings, out = settings or Settings(), check_target(out)
     said = None if method is None else recipe.describe(method)
     text = lessons(data, tokenizer, window=window, seed=settings.seed)
     base = {"name": str(out), "trained_from": name or getattr(model, "name_or_path", "") or type(model).__name__}
     stamp = _stamp(model, said, text, settings)
-    if settings.fsdp and int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        raise PumiceError("--fsdp needs several processes: torchrun --nproc-per-node N -m pumice train … --fsdp.")
+    if settings.fsdp:
+        shards.check(model, method)
     parallel.place()
     with whole_or_unchanged(model):
         fit = Fit(model, method, text, settings)
@@ -124,6 +124,8 @@ class Fit:
     def __init__(self, model: nn.Module, method: Any, text: Lessons, settings: Settings) -> None:
         self.model, self.text, self.settings = model, text, settings
         self.method = method if method is None or hasattr(method, "begin") else Adapt(method=method)
+        if 0 < settings.steps < (least := getattr(method, "least_steps", 1)):
+            raise PumiceError(f"{method.name} trains in {least} stages: give it {least} steps or more.")
         say(text.describe())
         self.before = scored(model, text.measure)
         dense = deepcopy(model).eval().requires_grad_(False) if getattr(method, "distill", 0) else None
@@ -143,19 +145,20 @@ class Fit:
     def run(self, work: Work) -> None:
         """Every stage, and the adapters merged."""
         of_a_step = self.settings.batch * self.settings.accumulate * parallel.world()
-        steps = self.settings.steps or max(1, round(self.settings.epochs * len(self.text.learn) / of_a_step))
+        least = len(self.stages)
+        steps = self.settings.steps or max(least, round(self.settings.epochs * len(self.text.learn) / of_a_step))
         self.examples = steps * of_a_step
-        if steps < (least := len(self.stages)):
-            raise PumiceError(f"{self.method.name} trains in {least} stages: give it {least} steps or more.")
-        parts = [max(1, round(steps * stage.share)) for stage in self.stages[:-1]]
-        with adapted(self.model, self.arch, self.settings) as whole:
-            for number, (stage, part) in enumerate(zip(self.stages, [*parts, max(1, steps - sum(parts))], strict=True)):
+        parts: list[int] = []
+        for left, stage in zip(range(least - 1, 0, -1), self.stages, strict=False):  # each later one has a step, too
+            parts.append(min(max(1, round(steps * stage.share)), steps - sum(parts) - left))
+        with shards.asked_for_once(), adapted(self.model, self.arch, self.settings) as whole:
+            for number, (stage, part) in enumerate(zip(self.stages, [*parts, steps - sum(parts)], strict=True)):
                 trainer = work.trainer(number, stage, whole, self, part)
                 checkpoint = newest(Path(trainer.args.output_dir))
                 if checkpoint is not None:
                     step = Path(checkpoint).name.rpartition("-")[2]
                     say(f"{stage.name}: going on after step {step} of {part}, from {work.folder}")
-                with stage.on(self.model, self.arch), whole_afterwards(trainer):
+                with stage.on(self.model, self.arch), shards.whole_afterwards(trainer):
                     trainer.go(checkpoint)
 
     def plan(self) -> Plan | None:
@@ -181,14 +184,6 @@ class Fit:
         twin.pumice.counting = True
         sparse = scored(twin, rows, prompts=prompts)
         return Trained(plan, self.before, dense, sparse, twin.pumice.density, tokens, long)
-
-
-def new_target(out: str | Path) -> Path:
-    """A place for what is trained: hours of other training are not written over."""
-    out = check_target(out)
-    if (out / JSON).exists() and "trained_from" in read_json(out).get("base", {}):
-        raise PumiceError(f"{out} holds a model that was trained already. Choose another folder, or remove it first.")
-    return out
 
 
 def say(text: str) -> None:
@@ -246,13 +241,10 @@ class Work:
             use_cache=fit.model.config.use_cache, fsdp=s.fsdp or None,
         )  # fmt: skip
         arguments._n_gpu = 1  # hooks are of one model: the other devices of a machine are for torchrun
-        trainer = StageTrainer(
+        return StageTrainer(
             stage=stage, arch=fit.arch, bf16=s.bf16, model=whole, args=arguments, train_dataset=fit.text.learn,
             data_collator=padded, callbacks=list(stage.callbacks),
         )  # fmt: skip
-        if s.fsdp and not trainer.is_fsdp_enabled:  # accelerate would go on without a word, every process with it all
-            raise PumiceError("--fsdp is for accelerators, and this model is on the CPU: leave it out.")
-        return trainer
 
     def remove(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -271,7 +263,10 @@ def newest(folder: Path) -> str | None:
 
 @contextmanager
 def whole_or_unchanged(model: nn.Module) -> Iterator[None]:
-    """After an error the model has no routers and is in the mode that it was; what was trained of it stays."""
+    """After an error the model has no routers and is in the mode that it was; what was trained of it stays.
+
+    One that was sharded is lost: a process has its shard.
+    """
     training = model.training
     try:
         yield
@@ -303,12 +298,10 @@ def adapted(model: nn.Module, arch: Arch, settings: Settings) -> Iterator[nn.Mod
                         modules_to_save=routers or None)  # fmt: skip
     whole = get_peft_model(model, config)
     whole.train()
-    ended = False
     try:
         yield whole
-        ended = True
     finally:
-        if ended or not settings.fsdp:  # of shards that others may not come to put together
+        if not shards.in_shards(whole):  # after an error others may not come to put them together
             whole.merge_and_unload()
             for name, parameter in model.named_parameters():
                 parameter.requires_grad_(name in trained)

@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from pumice.budget import Budget
+from pumice.errors import PumiceError
+
+
+def check(model: nn.Module, method) -> None:
+    """Refuse what FSDP cannot do, before anything is measured or trained."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise PumiceError("--fsdp needs several processes: torchrun --nproc-per-node N -m pumice train … --fsdp.")
+    if not accelerated(next(model.parameters()).device):  # accelerate would go on without a word, and shard nothing
+        raise PumiceError("--fsdp is for accelerators, and this model is on the CPU: leave it out.")
+    if isinstance(method, Budget):
+        raise PumiceError(f"the zeros of {method.name} are not kept in shards: leave out --fsdp.")
+
+
+def accelerated(device: torch.device) -> bool:
+    return device.type != "cpu"
+
+
+@contextmanager
+def asked_for_once() -> Iterator[None]:
+    """accelerate says in the environment that models are sharded, which a later trainer of the process would obey."""
+    before = os.environ.get("ACCELERATE_USE_FSDP")
+    try:
+        yield
+    finally:
+        os.environ.pop("ACCELERATE_USE_FSDP", None)
+        if before is not None:
+            os.environ["ACCELERATE_USE_FSDP"] = before
+
+
+def in_shards(model: nn.Module) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 @dataclass(eq=False)
-class Shards:
+class Whole:
     """The whole parameters of a model, by the modules that have them, and those modules without FSDP's traces."""
 
     model: nn.Module
@@ -35,13 +71,14 @@ class Shards:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        done: dict[int, Tensor] = {}
+        done = set()  # tied ones are of several modules
         for module, kind, table in self.tables:
             for name, parameter in table["_parameters"].items():
                 if parameter is None or id(parameter) in done:
                     continue
                 shard = module._parameters[name]
-                parameter.data = done[id(parameter)] = shard.full_tensor() if isinstance(shard, DTensor) else shard.data
+                done.add(id(parameter))
+                parameter.data = shard.full_tensor() if isinstance(shard, DTensor) else shard.data
                 parameter.requires_grad_(shard.requires_grad)
             known.pop(module, None)
             module.__class__ = kind
@@ -70,6 +107,6 @@ def whole_afterwards(trainer) -> Iterator[None]:
     if not trainer.is_fsdp_enabled:
         yield
         return
-    trainer.shards = Shards(trainer.model)
+    trainer.whole = Whole(trainer.model)
     yield
-    trainer.shards.gather()
+    trainer.whole.gather()

@@ -15,7 +15,7 @@ from transformers.trainer_callback import ExportableState, PrinterCallback, Prog
 
 from pumice.arch.detect import Arch
 from pumice.errors import PumiceError
-from pumice.train.shards import Shards
+from pumice.train.shards import Whole
 from pumice.train.stage import Stage
 
 RAW = "parameters.safetensors"
@@ -34,7 +34,7 @@ class StageTrainer(Trainer):
         self.stage, self.arch, self.bf16 = stage, arch, bf16
         self.sums: dict[str, float] = {}
         self.forwards = 0
-        self.shards: Shards | None = None  # of a run that shards the model among processes
+        self.whole: Whole | None = None  # of a run that shards the model
         for spoken in (PrinterCallback, ProgressCallback):  # they write to stdout
             self.remove_callback(spoken)
         self.callback_handler.callbacks.insert(0, Steering(self))  # before those that log what it adds
@@ -73,15 +73,18 @@ class StageTrainer(Trainer):
     def check(self, model: nn.Module, inputs: dict, losses: dict[str, Tensor]) -> None:
         bad = next((name for name, loss in losses.items() if not bool(loss.isfinite())), None)
         if bad is not None:
-            where = first_not_finite(model, self.arch, inputs)
+            where = "where it began is not looked for in shards"  # others would have to run that forward, too
+            where = where if self.is_fsdp_enabled else first_not_finite(model, self.arch, inputs)
             raise PumiceError(
                 f"{self.stage.name}: {bad} is {losses[bad].item()} at step {self.state.global_step + 1}; {where}. "
                 "Lower --lr, or give smaller steps: a larger --batch or --accumulate."
             )
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:  # whose weights go with the optimiser's state, and are gathered for that
+            super().save_model(output_dir, _internal_call)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.is_fsdp_enabled:  # whose weights are saved beside the optimiser's state
-            return None
         if not isinstance(self.model, PreTrainedModel):  # adapters
             return super()._save(output_dir, state_dict)
         if self.args.should_save:
@@ -114,8 +117,8 @@ class Steering(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": self.trainer.stage.state()}
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        if self.trainer.shards is not None:
-            self.trainer.shards.free()
+        if self.trainer.whole is not None:
+            self.trainer.whole.free()
         kept = state.stateful_callbacks.get(type(self).__name__)
         if kept and state.global_step:
             self.trainer.stage.restore(kept["attributes"])

@@ -28,6 +28,7 @@ class BESAAllocation:
     lr: float = 0.05
     penalty: float = 5.0
     seed: int = 0
+    unranged = ("epochs",)  # 0: what it starts from
 
     def __post_init__(self):
         if self.blocks.strip().startswith(self.name):

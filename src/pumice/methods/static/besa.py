@@ -45,13 +45,14 @@ class BESA(Budget):
     bits: int = 0  # 4 or 8: quantise too
     group: int = 64  # columns that share a scale
     seed: int = 0
+    unranged = ("epochs",)  # 0: what it starts from
 
     def __post_init__(self):
         Budget.__post_init__(self)
         if isinstance(self.pattern, NM):
             raise PumiceError(f"besa decides itself how sparse each matrix is: leave out pattern={self.pattern}.")
-        if self.bits not in (0, 4, 8) or self.group < 1 or not self.lr > 0 or self.rows < 1:
-            raise PumiceError("besa: bits is 0, 4 or 8, group and rows at least 1, and lr above 0.")
+        if self.bits not in (0, 4, 8) or self.group < 1 or self.epochs < 0 or not self.lr > 0 or self.rows < 1:
+            raise PumiceError("besa: bits is 0, 4 or 8, group and rows at least 1, epochs at least 0 and lr above 0.")
 
     @property
     def needs(self) -> tuple[type, ...]:

@@ -33,11 +33,12 @@ class Reconstruct:
     reference: Literal["stream", "dense"] = "dense"
     seed: int = 0
     refines = True
+    unranged = ("epochs",)  # 0: what it starts from
 
     def __post_init__(self):
-        if not self.lr > 0 or self.rows < 1 or not 0 <= self.hold <= 0.5:
+        if self.epochs < 0 or not self.lr > 0 or self.rows < 1 or not 0 <= self.hold <= 0.5:
             raise PumiceError(
-                f"reconstruct: lr > 0, rows >= 1 and hold in 0 … 0.5; got "
+                f"reconstruct: epochs >= 0, lr > 0, rows >= 1 and hold in 0 … 0.5; got epochs={self.epochs}, "
                 f"lr={self.lr}, rows={self.rows}, hold={self.hold}."
             )
 

@@ -53,6 +53,7 @@ class LTE:
     routers: Literal["straight", "frozen"] = "straight"  # in stage 2
     distill: float = 0.0
     seed: int = 0
+    least_steps = 2  # a stage has one or more
 
     def __post_init__(self) -> None:
         least = {"efficiency": 0, "separability": 0, "distill": 0}
