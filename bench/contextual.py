@@ -46,11 +46,11 @@ dejavu < static, calibrated < moefication = static, fisher, and a global ShadowL
 a third of each matrix, is ahead of CATS, which reads the gate whole and leaves out half of the others; and of what nets
 select only DejaVu's neurons lose less than the same neurons for every token, and of ShadowLLM's criteria (a budget in
 each layer) fisher, plainact and l2_norm hardly differ (4.3, 4.4, 4.5 times dense), nwot, grad_norm and snip are at 15
-to 17 and grasp at 41. At four fifths TEAL with greedy shares and lowbit are even (1.010 and 1.011 times dense), CATS at 1.046 with
-compensation and without; at half, lowbit is at 1.125 and CATS with compensation at 4.1. A third of the KV groups left
-out costs more than a third of the FFN does by any of these: 1.34 times dense by DejaVu's nets and 2.50 by ShadowLLM's,
-for 0.07 of the attention's bytes. lowbit loses 0.10 of what CATS loses, on Gemma-3-270m 0.40; planes, in the codes that the model
-is stored in, 0.15 of it, and on Gemma-3-270m 0.08, in bytes that are asked for (their kernel reads more:
+to 17 and grasp at 41. At four fifths TEAL with greedy shares and lowbit are even (1.010 and 1.011 times dense), CATS at
+1.046 with compensation and without; at half, lowbit is at 1.125 and CATS with compensation at 4.1. A third of the KV
+groups left out, the FFNs whole, is at 1.34 times dense by DejaVu's nets and at 2.50 by ShadowLLM's, for 0.07 of the
+attention's bytes. lowbit loses 0.10 of what CATS loses, on Gemma-3-270m 0.40; planes, in the codes that the model is
+stored in, 0.15 of it, and on Gemma-3-270m 0.08, in bytes that are asked for (their kernel reads more:
 `bench/planes.py`). Dense formats in those codes: Q5_0 loses less than planes at 1.5 times their bytes, Q4_0 more than
 planes at 1.3 times, and Q3_K five times as much at 1.2 times; on Gemma Q5_0 loses as little as planes at 1.5 times
 their bytes, Q4_0 six times as much at 1.2 times, and Q3_K more than CATS. Every row that was timed decodes faster than
