@@ -556,7 +556,7 @@ def test_what_tells_is_timed_too(told):
 
 def test_every_criterion_has_a_name_that_the_method_takes():
     for name in CRITERIA:
-        assert ShadowLLM(criterion=name, sparsity=0.0, heads=0.5).criterion == name
+        assert ShadowLLM(criterion=name, sparsity=0.0, heads=0.5, every=0).criterion == name
 
 
 def test_a_predicted_score_says_its_bytes():
@@ -599,6 +599,10 @@ def test_experts_that_no_net_can_tell_are_said():
         made(tiny("mixtral"), shadow())
     with pytest.raises(PumiceError, match="channels of a head"):
         ShadowLLM(criterion="jacov")
+    with pytest.raises(PumiceError, match="every=0, or 5 or more"):
+        ShadowLLM(criterion="epenas", sparsity=0.0, heads=0.5)
+    with pytest.raises(PumiceError, match="shadowllm.every is a whole number; got 0.5"):
+        ShadowLLM(every=0.5)
 
 
 def test_a_shared_expert_that_is_called_with_flat_rows():

@@ -73,9 +73,10 @@ def _checked(then: Callable | None) -> Callable:
     def check(self) -> None:
         ranges = ranges_of(type(self))
         for field in fields(self):
+            if type(field.default) is int and not isinstance(getattr(self, field.name), Integral):
+                raise PumiceError(f"{self.name}.{field.name} is a whole number; got {getattr(self, field.name)!r}.")
             if field.name in ranges:
-                whole = isinstance(field.default, int)
-                _check_range(f"{self.name}.{field.name}", getattr(self, field.name), whole, *ranges[field.name])
+                _check_range(f"{self.name}.{field.name}", getattr(self, field.name), *ranges[field.name])
         if getattr(self, "allocation", "uniform") != "uniform":
             from pumice import recipe  # which imports this module
 
@@ -98,9 +99,8 @@ def ranges_of(cls: type) -> dict:
     return {name: known for name, known in RANGES.items() if name not in getattr(cls, "unranged", ())}
 
 
-def _check_range(name: str, value, whole: bool, what: str, least: float, most: float) -> None:
-    kind = Integral if whole else Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most or value == inf:
+def _check_range(name: str, value, what: str, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not least <= value <= most or value == inf:
         within = f"{least} or more" if most == inf else f"between {least} and {most}"
         raise PumiceError(f"{name} is {what}, {within}; got {value!r}.")
 

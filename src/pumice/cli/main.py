@@ -112,7 +112,7 @@ def train(
         str | None,
         typer.Option(
             help="one that trains (lte, prosparse, qsparse), or whose choices hold meanwhile (cats, griffin, wanda, "
-            "…); none: plain fine-tuning. Its settings are flags: see `pumice methods`"
+            "…); without it: plain fine-tuning. Its settings are flags: see `pumice methods`"
         ),
     ] = None,
     data: Annotated[

@@ -55,14 +55,16 @@ def print_nets(plan) -> None:
         return
     note.print("nets that choose, on held-out tokens: recall and precision of the units that matter, ‖y_kept‖/‖y‖")
     width = max(map(len, nets))
+    chance = {name: 1 - form.sparsity for name, form in forms.items()}
     for name, net in nets.items():
-        note.print(
-            f"  {name:{width}}  recall {net.recall:.3f}  precision {net.precision:.3f}  output {net.captured:.3f}"
-        )
+        found = f"recall {net.recall:.3f} (by chance {chance[name]:.3f})  precision {net.precision:.3f}"
+        note.print(f"  {name:{width}}  {found}  output {net.captured:.3f}")
     recalls, outputs = ([getattr(net, part) for net in nets.values()] for part in ("recall", "captured"))
-    count, chance = len(nets), 1 - sum(form.sparsity for form in forms.values()) / len(forms)
-    mean = f"mean recall {sum(recalls) / count:.3f}, least {min(recalls):.3f}, by chance {chance:.3f}"
+    count, low = len(nets), sum(net.recall < chance[name] + 0.02 for name, net in nets.items())
+    mean = f"mean recall {sum(recalls) / count:.3f}, by chance {sum(chance.values()) / count:.3f}"
     note.print(f"  {mean}; output {sum(outputs) / count:.3f}")
+    if low:
+        note.print(f"  {low} of {count} nets find hardly more than chance would: what they choose means little")
 
 
 def place(out: str, replaced: bool) -> str:

@@ -42,6 +42,7 @@ def show(found, model: str, out: str, saved: str, as_json: bool) -> None:
 
     from pumice.eval.perplexity import paired_ratio
     from pumice.plan import Plan
+    from pumice.report.rows import budget_of
     from pumice.runtime.attach import check_recall
 
     trained = "trained" if found.sparse is None else "trained, dense"
@@ -64,8 +65,8 @@ def show(found, model: str, out: str, saved: str, as_json: bool) -> None:
         note.print(f"{found.too_long} examples were longer than --window and left out")
     if found.active is not None:
         page.print(
-            f"Achieved sparsity {found.plan.sparsity():.4f} on the calibration text; on the held-out text "
-            f"{1 - found.active:.4f}."
+            f"Achieved sparsity {found.plan.sparsity():.4f} of the {budget_of(found.plan)} on the calibration text; on "
+            f"the held-out text {1 - found.active:.4f}."
         )
     elif found.plan is not None:
         page.print(f"Achieved sparsity {found.plan.sparsity():.4f}: every zero has stayed zero.")

@@ -51,8 +51,12 @@ def sparsify(
     try:
         check_recall(plan)
     except PumiceError as error:
+        if replaced:
+            raise PumiceError(f"{error} Nothing was saved: {out} holds another sparse model.") from error
         write_folder(loaded, plan, out)
         raise PumiceError(f"saved in {out}, but {error}") from error
+    from pumice.report.rows import budget_of
+
     rows = side_by_side(loaded, {recipe_name(plan): plan}, text) if measure else []
     plan = replace(plan, measurements={**plan.measurements, "rows": [plain(row.summary()) for row in rows]})
     write_folder(loaded, plan, out)
@@ -61,7 +65,7 @@ def sparsify(
         return emit(found | {"rows": [row.summary() for row in rows]})
     print_rows(rows, loaded.name)
     print_notes(plan)
-    page.print(f"Achieved sparsity {plan.sparsity():.4f}. {place(out, replaced)}.")
+    page.print(f"Achieved sparsity {plan.sparsity():.4f} of the {budget_of(plan)}. {place(out, replaced)}.")
     page.print(f"Next: pumice generate {out}    pumice eval {out}    pumice inspect {out}")
 
 
@@ -155,7 +159,8 @@ def evaluate(
     if compared:
         ratio, low, high = compared["ratio_to_dense"]
         spread = f" [{low:.3f}, {high:.3f}], 95 %" if len(result.losses) > 1 else ""
-        page.print(f"dense {number(compared['dense_perplexity'])}: {ratio:.3f} times it{spread}")
+        same = "the same weights, dense:" if plan.base.get("trained_from") and against == "base" else "dense"
+        page.print(f"{same} {number(compared['dense_perplexity'])}: {ratio:.3f} times it{spread}")
         page.print(f"KL from dense {compared['kl_to_dense']:.4f} nats; at {compared['same_token_as_dense']:.1%} of the "
                    "positions both say the same token")  # fmt: skip
     if live is not None:
@@ -168,9 +173,8 @@ def evaluate(
     page.print(f"{scored}; {what}")
     made_on = {} if plan is None else plan.calibration
     if all(made_on.get(key) == windows.protocol.get(key) for key in ("source", "split")):
-        page.print(
-            "The plan was made on text of this source, where it may look better than elsewhere: score it on other text."
-        )
+        made = "These weights were trained, and the plan made," if is_trained(plan) else "The plan was made"
+        page.print(f"{made} on text of this source, where it may look better than elsewhere: score it on other text.")
 
 
 def _beside_dense(loaded, plan, runner, result, against: str | None, windows, prompt, dtype, device) -> dict:

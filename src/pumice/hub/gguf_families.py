@@ -69,7 +69,7 @@ def family_of(model: nn.Module) -> tuple[Family, list[str]]:
         if found != wanted:
             raise PumiceError(
                 f"{config.model_type} with {name}={found!r} is not what llama.cpp runs ({wanted!r}), so the file would "
-                f"give other values. {ELSE}"
+                "give other values there, whoever wrote it. Run the folder with transformers or pumice."
             )
     if (window := _window(config, family)) and window < config.max_position_embeddings:
         notes.append(f"the context is written as {window} tokens: llama.cpp has no sliding window for this family")

@@ -117,8 +117,9 @@ def tokenizer_in(folder: Path) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
         _name_damage(folder)
-        said = _first_sentence(error)
-        raise PumiceError(f"{folder} has no tokenizer that loads ({said}); put its tokenizer.json there.") from error
+        raise PumiceError(
+            f"{folder} has no tokenizer that loads: put its tokenizer.json there (`tokenizer.save_pretrained`)."
+        ) from error
 
 
 def locate(name: str | Path) -> Place:

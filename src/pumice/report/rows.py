@@ -107,6 +107,8 @@ def budget_of(plan: Plan) -> str:
     by_token = [form for form in plan.select.values() if form.scope == "token"]
     if by_token and all(isinstance(form.cut, Levels) for form in by_token):
         return "bits of the weights' codes, per token"
+    if any(form.every != 1 for form in by_token):
+        return "weights of the units that are chosen as the model runs"
     return "weights of the units that every token chooses among" if by_token else "FFN neurons, per generated token"
 
 

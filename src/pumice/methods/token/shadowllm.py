@@ -57,7 +57,12 @@ class ShadowLLM:
 
     def __post_init__(self) -> None:
         if self.criterion not in OF_NEURONS and self.sparsity:
-            raise PumiceError(f"{self.criterion} compares the channels of a head: give sparsity=0 and `heads` with it.")
+            raise PumiceError(
+                f"{self.criterion} compares the channels of a head over several tokens: give sparsity=0 and `heads` "
+                "with it, and every=0 or 5 or more."
+            )
+        if self.criterion not in OF_NEURONS and 0 < self.every < 5:
+            raise PumiceError(f"{self.criterion} compares tokens: give every=0, or 5 or more; got {self.every}.")
         for name, least in (("every", 0), ("group", 1), ("hidden", 0)):
             if getattr(self, name) < least:
                 raise PumiceError(f"shadowllm.{name} is {least} or more; got {getattr(self, name)}.")
@@ -109,8 +114,9 @@ class ShadowLLM:
         kept = sum(sizes) - removed(sum(sizes), sparsity)
         if least * len(sites) > kept:
             raise PumiceError(
-                f"shadowllm's style hybrid keeps {least} groups of {title} in each of {len(sites)} layers, "
-                f"more than the {kept} that a sparsity of {sparsity:g} leaves. Lower one of them, or use style=global."
+                f"shadowllm's style hybrid keeps {least * self.size(sites[0])} {title} in each of {len(sites)} layers "
+                f"(`least`), and a sparsity of {sparsity:g} leaves {kept * self.size(sites[0])} in all. Lower one of "
+                "them, or use style=global."
             )
         forms = {}
         for site, second, offset in zip(sites, net.second.split(sizes), net.offset.split(sizes), strict=True):
