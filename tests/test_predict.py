@@ -601,7 +601,7 @@ def test_experts_that_no_net_can_tell_are_said():
         ShadowLLM(criterion="jacov")
     with pytest.raises(PumiceError, match="every=0, or 5 or more"):
         ShadowLLM(criterion="epenas", sparsity=0.0, heads=0.5)
-    with pytest.raises(PumiceError, match="shadowllm.every is a whole number; got 0.5"):
+    with pytest.raises(PumiceError, match=r"shadowllm\.every is a whole number; got 0\.5"):
         ShadowLLM(every=0.5)
 
 

@@ -92,6 +92,13 @@ def test_a_mask_that_ran_dense_says_why_and_a_packed_one_has_no_such_verdict():
     assert said.startswith("wanda 0.5: no speed to speak of") and "dense storage" not in said
 
 
+def test_a_choice_without_a_kernel_says_why():
+    lacking = row("cats 0.5", "masked, no gathered form", 20)
+    assert "have no faster form yet" in verdicts([*DENSE, lacking])[0]
+    (said,) = verdicts([*DENSE, replace(lacking, why="the kernels are for CPUs")])
+    assert said == "cats 0.5: no speed: the kernels are for CPUs. Dense work is done and masked."
+
+
 def test_a_row_as_json_is_flat_and_leaves_out_what_was_not_measured():
     found = SPARSE[0].summary()
     assert found["decode_tokens_per_second"] == 115.6 and found["perplexity"] == 20 and found["tokens_scored"] == 10

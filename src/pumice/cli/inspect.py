@@ -41,7 +41,9 @@ def inspect(model: str, every_site: bool, as_json: bool) -> None:
 def _said(entry: dict) -> str:
     """An entry of a recipe; how it was trained on a line of its own."""
     line = "recipe: " + ", ".join(f"{key}={value}" for key, value in entry.items() if key != "training")
-    training = ", ".join(f"{key}={value}" for key, value in entry.get("training", {}).items())
+    given = entry.get("training", {})
+    given = {key: value for key, value in given.items() if not (key == "epochs" and given.get("steps"))}
+    training = ", ".join(f"{key}={value}" for key, value in given.items())
     return f"{line}\n  trained: {training}" if training else line
 
 
@@ -120,7 +122,8 @@ def _print_inspection(data: dict, every_site: bool) -> None:
         page.print(_said(entry))
     base = data["base"]
     trained = f", trained from {base['trained_from']}" if "trained_from" in base else ""
-    page.print(f"base: {base.get('name')}, weights {base.get('fingerprint')}{trained}")
+    name = "the weights in this folder" if trained else f"{base.get('name')}, weights"
+    page.print(f"base: {name} {base.get('fingerprint')}{trained}")
     if data["calibration"]:
         page.print("calibrated on: " + ", ".join(f"{key}={value}" for key, value in data["calibration"].items()))
     page.print(f"achieved sparsity {data['sparsity']:.4f} of the {data['sparsity_of']}")

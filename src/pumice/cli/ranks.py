@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 
+from pumice.cli.say import note
 from pumice.errors import PumiceError
 
 
@@ -25,6 +26,7 @@ def begin(verb: str | None) -> None:
     if rank():
         os.environ["TQDM_DISABLE"] = "1"
         warnings.simplefilter("ignore")
+        note.quiet = True
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for the rest of the process
 
 

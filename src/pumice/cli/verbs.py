@@ -173,7 +173,7 @@ def evaluate(
     page.print(f"{scored}; {what}")
     made_on = {} if plan is None else plan.calibration
     if all(made_on.get(key) == windows.protocol.get(key) for key in ("source", "split")):
-        made = "These weights were trained, and the plan made," if is_trained(plan) else "The plan was made"
+        made = "These weights were trained and the plan was made" if is_trained(plan) else "The plan was made"
         page.print(f"{made} on text of this source, where it may look better than elsewhere: score it on other text.")
 
 

@@ -32,7 +32,7 @@ class Row:
     perplexity: Perplexity | None = None
     dense_perplexity: float | None = None  # of the same positions
     ran: str = "dense"  # how its decoding ran
-    why: str = ""  # why masks were read as dense
+    why: str = ""  # why dense work was done
     text: str = ""
 
     def summary(self) -> dict:
@@ -136,8 +136,9 @@ def _packed(twin: nn.Module) -> str:
 
 
 def why_dense(twin: nn.Module) -> str:
-    """The commonest reason why masked matrices have no packed form."""
-    reasons = list(twin.pumice.dense.values())
+    """The commonest reason why masks have no packed form, or why what a token chooses has no kernel."""
+    selections = twin.pumice.selections.values()
+    reasons = [*twin.pumice.dense.values(), *filter(None, (getattr(one, "why", "") for one in selections))]
     return max(reasons, key=reasons.count, default="")
 
 

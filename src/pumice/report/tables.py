@@ -78,6 +78,9 @@ def verdicts(rows: list[Row]) -> list[str]:
             "product does here; that part of the gain is the kernel's, not the zeros'."
         )
     formless = [row for row in rows if row.ran == "masked, no gathered form"]
+    lines += [f"{row.name}: no speed: {row.why.rstrip('.')}. Dense work is done and masked."
+              for row in formless if row.why]  # fmt: skip
+    formless = [row for row in formless if not row.why]
     if formless:
         lines.append(
             f"{_list(formless)}: no speed. Fused experts, heads, small matrices and sets that "

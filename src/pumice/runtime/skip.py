@@ -53,21 +53,22 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
     told = isinstance(form.score, (Predicted, Factored))
     ranked = isinstance(form.cut, TopK) and isinstance(form.score, Magnitude)
     cuts = told or ranked or isinstance(form.cut, (Threshold, Levels))
-    if not cuts or site.expert is not None or site.kind == "experts":
-        return None
-    if (site.kind == "heads" or form.group > 1) and not told:  # a head's or a group's norm is no column's
-        return None
-    if (
-        out.dtype not in (torch.float32, torch.bfloat16)
-        or out.device.type != "cpu"
-        or any("forward" in vars(module) for module in modules.values())
-    ):  # another part of the plan runs it
-        return None
-    if not always and out.numel() < SMALLEST:
+    reasons = {
+        "what chooses so has no kernel": not cuts,
+        "fused experts have no kernel": site.expert is not None or site.kind == "experts",
+        "a norm of a head or a group has no kernel": (site.kind == "heads" or form.group > 1) and not told,
+        "the kernels are for fp32 and bf16": out.dtype not in (torch.float32, torch.bfloat16),
+        "the kernels are for CPUs": out.device.type != "cpu",
+        f"{out.shape[0]} × {out.shape[1]} is too small for the kernels": not always and out.numel() < SMALLEST,
+        "another part of the plan runs these matrices": any("forward" in vars(module) for module in modules.values()),
+    }
+    selection.why = next((why for why, holds in reasons.items() if holds), "")
+    if selection.why:
         return None
     try:
         library()
-    except PumiceError:
+    except PumiceError as error:
+        selection.why = str(error)
         return None
     selection.timed = True
     if isinstance(form.cut, Levels):
@@ -75,7 +76,8 @@ def skipping(selection: TokenSelection, get: Callable[[str], nn.Module], always:
     if site.whole and _tells(site, form.score):
         return _neurons(site, form, modules, selection.seen.copy, always)
     if isinstance(form.score, Copied):
-        return None  # computing the scores in torch takes longer than what `down` alone saves
+        selection.why = "scores of a low-bit copy take longer in torch than what `down` alone saves"
+        return None
     return _columns(site, form, modules, always)
 
 

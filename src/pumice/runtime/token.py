@@ -38,6 +38,7 @@ class TokenSelection:
     seen: Seen = field(init=False)
     skip: Skipping | None = None
     timed: bool = False  # whether a kernel was compared with dense
+    why: str = ""  # why there is none
     skipped: bool = False  # whether the last sparse tokens ran on the kernel
     calls: int = 0  # of the kernel
     units_read: int = 0  # by these calls

@@ -17,6 +17,7 @@ from pumice.forms import Mask
 from pumice.plan import Plan, fingerprint_model
 from pumice.runtime.attach import write_masks
 from pumice.runtime.counters import Counter
+from pumice.runtime.token import TokenSelection
 from pumice.train.keep import KeepMask
 from pumice.train.stage import Stage
 from pumice.train.text import borders
@@ -76,8 +77,9 @@ class Selecting(Stage):
         return {"active": active}
 
     def stepped(self, numbers: dict[str, float]) -> None:
-        for selection in self.runtime.selections.values():  # of weights whose shards changed no version says so
-            selection.seen.forget()
+        for selection in self.runtime.selections.values():
+            if isinstance(selection, TokenSelection):  # of weights whose shards changed no version says so
+                selection.seen.forget()
 
     def before(self, inputs: dict[str, Tensor]) -> None:
         if self.plan.per_prompt:
