@@ -126,7 +126,7 @@ def train(
     lr: Annotated[float, typer.Option(help="learning rate, at its highest")] = 5e-5,
     lora: Annotated[int, typer.Option(min=0, help="rank of LoRA adapters; 0: all weights are trained")] = 0,
     bf16: Annotated[bool, typer.Option("--bf16", help="forwards in bf16; weights stay fp32")] = False,
-    fsdp: Annotated[bool, typer.Option("--fsdp", help="FSDP2: what trains is shared out among the GPUs")] = False,
+    fsdp: Annotated[bool, typer.Option("--fsdp", help="FSDP2: the model is sharded over the GPUs of torchrun")] = False,
     save_every: Annotated[int, typer.Option(min=0, help="steps between checkpoints; 0: ten in a stage")] = 0,
     report_to: Annotated[str, typer.Option(help="where transformers logs to: tensorboard, wandb, …")] = "none",
     seed: Seed = 0,

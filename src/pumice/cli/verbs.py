@@ -159,7 +159,7 @@ def evaluate(
     if compared:
         ratio, low, high = compared["ratio_to_dense"]
         spread = f" [{low:.3f}, {high:.3f}], 95 %" if len(result.losses) > 1 else ""
-        same = "the same weights, dense:" if plan.base.get("trained_from") and against == "base" else "dense"
+        same = "the same weights, dense:" if is_trained(plan) and against == "base" else "dense"
         page.print(f"{same} {number(compared['dense_perplexity'])}: {ratio:.3f} times it{spread}")
         page.print(f"KL from dense {compared['kl_to_dense']:.4f} nats; at {compared['same_token_as_dense']:.1%} of the "
                    "positions both say the same token")  # fmt: skip
