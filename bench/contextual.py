@@ -47,21 +47,22 @@ a third of each matrix, is ahead of CATS, which reads the gate whole and leaves 
 select only DejaVu's neurons lose less than the same neurons for every token, and of ShadowLLM's criteria (a budget in
 each layer) fisher, plainact and l2_norm hardly differ (4.3, 4.4, 4.5 times dense), nwot, grad_norm and snip are at 15
 to 17 and grasp at 41. At four fifths TEAL with greedy shares and lowbit are even (1.010 and 1.011 times dense), CATS at
-1.046 with compensation and without; at half, lowbit is at 1.125 and CATS with compensation at 4.1. A third of the KV
-groups left out, the FFNs whole, is at 1.34 times dense by DejaVu's nets and at 2.50 by ShadowLLM's, for 0.07 of the
-attention's bytes. Chosen for 128 tokens at once plainact is at 2.65, epenas at 14 and jacov at 15. lowbit loses 0.10 of
-what CATS loses, on Gemma-3-270m 0.40; planes, in the codes that the model is stored in, 0.15 of it, and on Gemma-3-270m
-0.08, in bytes that are asked for (their kernel reads more: `bench/planes.py`). Dense formats in those codes: Q5_0 loses
-less than planes at 1.5 times their bytes, Q4_0 more than planes at 1.3 times, and Q3_K five times as much at 1.2 times;
-on Gemma Q5_0 loses as little as planes at 1.5 times their bytes, Q4_0 six times as much at 1.2 times, and Q3_K more
-than CATS. Every row that was timed decodes faster than dense, on one core: 1.04 times for contribution (its bytes allow
-1.10), 1.14 static, 1.29 to 1.34 cats, 1.32 teal and teal, greedy, 1.36 lowbit (1.30), 1.38 countdown, 1.39 wina (1.23
-for all of these), more than the bytes since the kernel reads them faster than torch does; and 1.60 planes, which read
-4-bit codes where dense reads fp32. Times of svd, dejavu, moefication and static, fisher (1.06 to 1.15) are from before
-the rows of a neuron lay side by side. On the ReLU model of `relu_model.py` (--width 256 --layers 6 --epochs 6) at three
-tenths of the bytes: lowbit < teal, greedy < dejavu < wina < teal < moefication < shadowllm < static; ShadowLLM's
-criteria of gradients are ahead of the norm of what neurons give, and its one net behind DejaVu's nets. Rows that are
-not here are to be measured, or ask for bytes that a method cannot go down to.
+1.046 with compensation and without; at half, lowbit is at 1.125, TEAL with greedy shares at 1.281 and CATS with
+compensation at 4.1. A third of the KV groups left out, the FFNs whole, is at 1.34 times dense by DejaVu's nets and at
+2.50 by ShadowLLM's, for 0.07 of the attention's bytes. Chosen for 128 tokens at once plainact is at 2.65, epenas at 14
+and jacov at 15. lowbit loses 0.10 of what CATS loses, on Gemma-3-270m 0.40; planes, in the codes that the model is
+stored in, 0.15 of it, and on Gemma-3-270m 0.08, in bytes that are asked for (their kernel reads more:
+`bench/planes.py`). Dense formats in those codes: Q5_0 loses less than planes at 1.5 times their bytes, Q4_0 more than
+planes at 1.3 times, and Q3_K five times as much at 1.2 times; on Gemma Q5_0 loses as little as planes at 1.5 times
+their bytes, Q4_0 six times as much at 1.2 times, and Q3_K more than CATS. Every row that was timed decodes faster than
+dense, on one core: 1.04 times for contribution (its bytes allow 1.10), 1.14 static, 1.29 to 1.34 cats, 1.32 teal and
+teal, greedy, 1.36 lowbit (1.30), 1.38 countdown, 1.39 wina (1.23 for all of these), more than the bytes since the
+kernel reads them faster than torch does; and 1.60 planes, which read 4-bit codes where dense reads fp32. Times of svd,
+dejavu, moefication and static, fisher (1.06 to 1.15) are from before the rows of a neuron lay side by side. On the ReLU
+model of `relu_model.py` (--width 256 --layers 6 --epochs 6) at three tenths of the bytes: lowbit < teal, greedy <
+dejavu < wina < teal < moefication < shadowllm < static; ShadowLLM's criteria of gradients are ahead of the norm of what
+neurons give, and its one net behind DejaVu's nets. Rows that are not here are to be measured, or ask for bytes that a
+method cannot go down to.
 
 The weights of SmolLM2 were once rounded to about 4 bits, in which a 4-bit copy would save nothing: its 16-bit bytes are
 a convention. Gemma-3-270m keeps 5 to 8 bits in its FFN.
